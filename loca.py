@@ -20,11 +20,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SIZES = {
-    "Ti/16": dict(patch_size=16, dim=192, depth=12, heads=3, mlp_dim=768),
-    "S/16": dict(patch_size=16, dim=384, depth=12, heads=6, mlp_dim=1536),
-    "B/16": dict(patch_size=16, dim=768, depth=12, heads=12, mlp_dim=3072),
-    "L/16": dict(patch_size=16, dim=1024, depth=24, heads=16, mlp_dim=4096),
-    "H/16": dict(patch_size=16, dim=1280, depth=32, heads=16, mlp_dim=5120),
+    "Ti/16": {"patch_size": 16, "dim": 192, "depth": 12, "heads": 3, "mlp_dim": 768},
+    "S/16": {"patch_size": 16, "dim": 384, "depth": 12, "heads": 6, "mlp_dim": 1536},
+    "B/16": {"patch_size": 16, "dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
+    "L/16": {"patch_size": 16, "dim": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
+    "H/16": {"patch_size": 16, "dim": 1280, "depth": 32, "heads": 16, "mlp_dim": 5120},
 }
 
 
@@ -34,7 +34,9 @@ SIZES = {
 def take(tokens, index):
     """Pick tokens: [B, N, ...] at index [K] or [B, K] -> [B, K, ...]."""
     index = index.expand(len(tokens), -1)  # B,K
-    return tokens.gather(1, index.reshape(*index.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
+    return tokens.gather(
+        1, index.reshape(*index.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
+    )
 
 
 def _init_linear(layer, scheme):
@@ -139,7 +141,15 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, mlp_dim=3072, drop_path=0.1, class_token=False
+        self,
+        image_size=224,
+        patch_size=16,
+        dim=768,
+        depth=12,
+        heads=12,
+        mlp_dim=3072,
+        drop_path=0.1,
+        class_token=False,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -170,7 +180,9 @@ class ViT(nn.Module):
         attend: indices [K'] or [B, K'] of the tokens that all others attend to (the single-image mechanism).
         """
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
-            raise ValueError(f"the patch size {self.patch_size} does not divide the image {tuple(images.shape[-2:])}")
+            raise ValueError(
+                f"the patch size {self.patch_size} does not divide the image {tuple(images.shape[-2:])}"
+            )
         x = self.patch_embed(images)  # B,D,rows,columns
         grid = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # B,N,D
@@ -304,9 +316,35 @@ class LOCA(nn.Module):
         teacher: from make_teacher. None trains with the position loss alone: the reference goes through the
         student, its hidden tokens dropped before the encoder, and the queries get no position embedding.
         visible [K] or [B, K]: reference tokens that the queries see; keep: tokens of the random query that are
-        encoded; both drawn when None. Returns a dict of scalars: loss, position_loss, feature_loss,
-        position_accuracy, and prototype_perplexity (1..P) and target_entropy (0..ln P), which show a collapse.
+        encoded; both drawn when None. Returns a dict of scalars: loss, position_loss (ln N at chance), feature_loss,
+        position_accuracy (0..1), its part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and
+        target_entropy (0..ln P), which show a collapse.
         """
+        queries, context, targets, clusters = self.encode(views, teacher, visible, keep)
+        position, accuracy = position_loss(self.predictor(queries, context), targets)
+        feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
+        if clusters is not None:
+            feature, cross_entropy, perplexity = feature_loss(
+                self.head(queries),
+                self.head.normalised_prototypes(),
+                clusters,
+                targets,
+                self.student_temperature,
+            )
+            entropy = torch.special.entr(clusters).sum(-1).mean()
+        return {
+            "loss": self.position_weight * position + self.feature_weight * feature,
+            "position_loss": position.detach(),
+            "feature_loss": feature.detach(),
+            "position_accuracy": accuracy,
+            "cross_entropy": cross_entropy,
+            "prototype_perplexity": perplexity,
+            "target_entropy": entropy,
+        }
+
+    def encode(self, views, teacher=None, visible=None, keep=None):
+        """Tokens that the losses compare, arguments as in forward -> query tokens [B, T, D], the reference tokens they
+        see [B, K, D], their targets [B, T], and the reference's clusters [B, N, P] or None without a teacher."""
         reference = views["reference"]
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
@@ -314,21 +352,20 @@ class LOCA(nn.Module):
         if self.single_image:
             tokens = self.encoder(reference, position=False, attend=visible)  # B,N,D
             targets = torch.arange(self.positions, device=reference.device).expand(len(reference), -1)  # B,N
-            return self._losses(tokens, take(tokens, visible), targets)
+            return tokens, take(tokens, visible), targets, None
         if keep is None:
             keep = choose_tokens(self.positions, self.query_tokens, "unstructured", reference.device)
-
-        targets = torch.cat([take(views["query_targets"], keep), views["focal_targets"].flatten(1)], dim=1)  # B,T
+        targets = torch.cat(
+            [take(views["query_targets"], keep), views["focal_targets"].flatten(1)], dim=1
+        )  # B,T
+        queries = self._encode_queries(views, keep, position=teacher is not None)  # B,T,D
         if teacher is None:
-            return self._losses(
-                self._encode_queries(views, keep, position=False), self.encoder(reference, keep=visible), targets
-            )
+            return queries, self.encoder(reference, keep=visible), targets, None
         with torch.no_grad():
             tokens = teacher.encoder(reference)  # B,N,D
             codes = teacher.head(tokens) @ teacher.head.normalised_prototypes().T  # B,N,P
             clusters = sinkhorn(codes.flatten(0, 1).float(), self.teacher_temperature)  # BN,P
-        queries = self._encode_queries(views, keep, position=True)
-        return self._losses(queries, take(tokens, visible), targets, clusters.unflatten(0, tokens.shape[:2]))
+        return queries, take(tokens, visible), targets, clusters.unflatten(0, tokens.shape[:2])
 
     def _encode_queries(self, views, keep, position):
         """All query tokens of an image side by side, [B, T, D]: the random query's, then each focal query's."""
@@ -338,24 +375,6 @@ class LOCA(nn.Module):
             return tokens
         focal_tokens = self.encoder(focal.flatten(0, 1), position=position)  # BF,n,D
         return torch.cat([tokens, focal_tokens.unflatten(0, focal.shape[:2]).flatten(1, 2)], dim=1)
-
-    def _losses(self, queries, context, targets, clusters=None):
-        position, accuracy = position_loss(self.predictor(queries, context), targets)
-        feature = perplexity = entropy = torch.zeros((), device=queries.device)
-        if clusters is not None:
-            prototypes = self.head.normalised_prototypes()
-            feature, perplexity = feature_loss(
-                self.head(queries), prototypes, clusters, targets, self.student_temperature
-            )
-            entropy = torch.special.entr(clusters).sum(-1).mean()
-        return dict(
-            loss=self.position_weight * position + self.feature_weight * feature,
-            position_loss=position.detach(),
-            feature_loss=feature.detach(),
-            position_accuracy=accuracy,
-            prototype_perplexity=perplexity,
-            target_entropy=entropy,
-        )
 
 
 # -------------------------------------------------------------------------------------- correspondence
@@ -438,8 +457,10 @@ def sinkhorn(codes, temperature=0.05, rounds=3):
     return targets
 
 
-def feature_loss(features, prototypes, clusters, targets, temperature=0.1, chunk=4096):
-    """Cross-entropy with the teacher's clusters, plus the mean-entropy term -> loss, perplexity of the mean prediction.
+def feature_loss(features, prototypes, clusters, targets, temperature=0.1, chunk=1024):
+    """Cross-entropy with the teacher's clusters, plus the mean-entropy term.
+
+    Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction.
 
     features [B, T, E] and prototypes [P, E] unit vectors, clusters [B, N, P] from sinkhorn, targets [B, T].
     The student's code is s = features @ prototypes.T / temperature. A row c of clusters sums to 1, so its
@@ -456,17 +477,18 @@ def feature_loss(features, prototypes, clusters, targets, temperature=0.1, chunk
         logsums.append(logsum)
         total = total + prediction
     matched = targets >= 0
-    cross_entropy = ((torch.cat(logsums).view_as(agreement) - agreement) * matched).sum() / (matched.sum() + 1e-8)
+    cross_entropy = ((torch.cat(logsums).view_as(agreement) - agreement) * matched).sum() / (
+        matched.sum() + 1e-8
+    )
     mean = mean_over_devices(total / targets.numel())  # P, over all patches, matched or not
     negative_entropy = (mean * mean.clamp_min(1e-30).log()).sum()
-    return cross_entropy + negative_entropy, (-negative_entropy.detach()).exp()
+    return cross_entropy + negative_entropy, cross_entropy.detach(), (-negative_entropy.detach()).exp()
 
 
 def _predict_clusters(features, prototypes, temperature):
     """Features [R, E] -> logsumexp of the codes [R], sum over the rows of their softmax [P]."""
-    codes = (features @ prototypes.T).float() / temperature  # R,P
-    logsum = codes.logsumexp(-1)
-    return logsum, (codes - logsum[:, None]).exp().sum(0)
+    codes = ((features / temperature) @ prototypes.T).float()  # R,P
+    return codes.logsumexp(-1), codes.softmax(-1).sum(0)
 
 
 def sum_over_devices(x):
@@ -499,7 +521,7 @@ def mean_over_devices(x):
 def make_teacher(model):
     """Frozen copy of a LOCA's encoder and projection head, with their names. Stochastic depth stays active in training
     mode, as released."""
-    teacher = nn.ModuleDict(dict(encoder=copy.deepcopy(model.encoder), head=copy.deepcopy(model.head)))
+    teacher = nn.ModuleDict({"encoder": copy.deepcopy(model.encoder), "head": copy.deepcopy(model.head)})
     return teacher.requires_grad_(False)
 
 
@@ -529,7 +551,9 @@ def published_to_state_dict(flat):
     def norm(ours, theirs):
         state[f"{ours}.weight"], state[f"{ours}.bias"] = get(f"{theirs}/scale"), get(f"{theirs}/bias")
 
-    def linear(ours, *theirs, inputs=1):  # kernels are (in, out); heads make (in, heads, width) or (heads, width, out)
+    def linear(
+        ours, *theirs, inputs=1
+    ):  # kernels are (in, out); heads make (in, heads, width) or (heads, width, out)
         kernels = [get(f"{name}/kernel") for name in theirs]
         state[f"{ours}.weight"] = torch.cat([k.flatten(inputs).flatten(0, inputs - 1).T for k in kernels])
         if f"{theirs[0]}/bias" in left:
@@ -540,7 +564,9 @@ def published_to_state_dict(flat):
         linear(f"{ours}.fc2", f"{theirs}/MlpBlock_0/Dense_1")
 
     embedding = "ToTokenSequence_0/embedding"
-    state["encoder.patch_embed.proj.weight"] = get(f"{embedding}/kernel").permute(3, 2, 0, 1)  # h,w,in,out -> out,in,h,w
+    state["encoder.patch_embed.proj.weight"] = get(f"{embedding}/kernel").permute(
+        3, 2, 0, 1
+    )  # h,w,in,out -> out,in,h,w
     state["encoder.patch_embed.proj.bias"] = get(f"{embedding}/bias")
     position = get("ToTokenSequence_0/posembed_input")
     state["encoder.pos_embed"] = position.reshape(1, -1, position.shape[-1])  # 1,N,D
@@ -582,7 +608,18 @@ def _some(names, most=6):
 
 _DTYPES = {
     name: getattr(torch, name)
-    for name in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "int8", "uint32", "bool")
+    for name in (
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "int32",
+        "int64",
+        "uint8",
+        "int8",
+        "uint32",
+        "bool",
+    )
 }
 
 
@@ -602,7 +639,9 @@ def _read_published(data, branch):
         if math.prod(shape) * _DTYPES[dtype].itemsize != len(buffer):
             raise ValueError(f"an array of shape {shape} and type {dtype} in {len(buffer)} bytes")
         empty = not len(buffer)
-        return (torch.empty(0) if empty else torch.frombuffer(bytearray(buffer), dtype=_DTYPES[dtype])).reshape(shape)
+        return (
+            torch.empty(0) if empty else torch.frombuffer(bytearray(buffer), dtype=_DTYPES[dtype])
+        ).reshape(shape)
 
     def leaves(tree, prefix=""):
         for name, value in tree.items():
@@ -650,7 +689,9 @@ def _find_vit(tree, branch):
     wanted = "patch_embed.proj.weight"
     trees = [tree]
     if isinstance(tree, dict):
-        trees = [tree[key] for key in (branch, "model", "state_dict", "teacher", "student") if key in tree] + [tree]
+        trees = [
+            tree[key] for key in (branch, "model", "state_dict", "teacher", "student") if key in tree
+        ] + [tree]
     for state in trees:
         ends = [key for key in state if str(key).endswith(wanted)] if isinstance(state, dict) else []
         if ends:
@@ -679,9 +720,13 @@ def load_encoder(encoder, state):
         if position.shape[1] != grid_tokens:
             side = math.isqrt(position.shape[1])
             if side * side != position.shape[1]:
-                raise ValueError(f"a position embedding of {position.shape[1]} tokens is not one of a square image")
+                raise ValueError(
+                    f"a position embedding of {position.shape[1]} tokens is not one of a square image"
+                )
             position = resize_position_embedding(position.float(), (side, side), encoder.grid)
-            notes.append(f"position embedding resized from {side}x{side} to {encoder.grid[0]}x{encoder.grid[1]}")
+            notes.append(
+                f"position embedding resized from {side}x{side} to {encoder.grid[0]}x{encoder.grid[1]}"
+            )
         class_position = [state["pos_embed"][:, :prefix]] if prefix and encoder.cls_token is not None else []
         state["pos_embed"] = torch.cat([*class_position, position], dim=1)
     if "cls_token" in state:

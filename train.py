@@ -1,0 +1,1502 @@
+"""Pretrain LOCA: photo -> crops and boxes (workers) -> colours (device, whole batch) -> loca.LOCA -> loop.
+
+`python train.py` draws its own scenes and needs nothing else; `--data DIR` takes any folder of images;
+`torchrun --nproc_per_node=N train.py` is the same script on N devices. Every random draw is a function of the seed
+and of the step, epoch or image it is for, so a resumed run goes on as if it had never stopped.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections import defaultdict
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+import loca
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
+REQUEUE = 75  # exit code of a run that was told to stop and has saved (EX_TEMPFAIL)
+
+
+class Problem(Exception):
+    """Something that the person at the keyboard can mend, in one line: what, where, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Files:
+    """A list of file names in two arrays, which forked workers share without copying: bytes and end offsets."""
+
+    def __init__(self, names):
+        self.text = np.frombuffer(b"".join(names), np.uint8)
+        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        begin = self.ends[i - 1] if i else 0
+        return os.fsdecode(self.text[begin : self.ends[i]].tobytes())
+
+    def select(self, indices):
+        """The files at `indices`, as a list of the same kind."""
+        return Files([os.fsencode(self[i]) for i in indices])
+
+
+def find_images(folder, cache=None):
+    """Names, relative to `folder`, of all images below it, sorted; links are followed once. `cache`: a file that keeps
+    the list. Raises Problem for a folder that is missing or has no images."""
+    if cache and Path(cache).exists():
+        with np.load(cache) as saved:
+            files = Files([])
+            files.text, files.ends = saved["text"], saved["ends"]
+        print(f"{len(files)} image names from {cache} (delete it to list {folder} anew)")
+        return files
+    root, seen, names = os.fsencode(folder), set(), []
+    if not os.path.isdir(root):
+        raise Problem(f"--data {folder}: there is no such folder")
+    for parent, folders, entries in os.walk(root, followlinks=True):
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        names += [
+            os.path.relpath(os.path.join(parent, name), root)
+            for name in sorted(entries)
+            if os.fsdecode(name).lower().endswith(EXTENSIONS)
+        ]
+    if not names:
+        raise Problem(f"--data {folder}: no images below it (looked for {', '.join(EXTENSIONS)})")
+    files = Files(names)
+    if cache:
+        partial = Path(f"{cache}.partial.npz")
+        np.savez(partial, text=files.text, ends=files.ends)
+        partial.replace(cache)
+    return files
+
+
+def read_image(path):
+    """Decode any image file as upright RGB: uint8 [3, H, W]. Raises whatever Pillow or the file system raises."""
+    with open(path, "rb") as file:
+        data = file.read()
+    with Image.open(io.BytesIO(data)) as image:  # reads the header alone, and refuses decompression bombs
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_image(buffer, ImageReadMode.RGB, apply_exif_orientation=True)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: Pillow would clip, not scale
+            values = np.asarray(image, np.float32)
+            values = values / (65535 if image.mode.startswith("I") else max(values.max(), 1e-6)) * 255
+            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        pixels = np.array(image.convert("RGBA" if "transparency" in image.info else "RGB"))[..., :3]
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+class Folder:
+    """Images of a folder by number, each uint8 [3, H, W]."""
+
+    def __init__(self, folder, files):
+        self.folder, self.files = folder, files
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, i):
+        return os.path.join(self.folder, self.files[i])
+
+    def image(self, i):
+        return read_image(self.name(i))
+
+
+# ---------------------------------------------------------------------------------------- drawn scenes
+
+SCENE_CLASSES = ("sky", "hill", "grass", "road", "house", "tree", "car", "person", "fence", "lamp")
+SCENE_PALETTE = (
+    (120, 180, 230), (140, 120, 160), (90, 170, 60), (110, 110, 110), (190, 90, 60),
+    (20, 100, 40), (40, 60, 200), (240, 180, 40), (150, 110, 60), (230, 60, 180),
+)  # fmt: skip
+_GRAIN = (6, 14, 40, 16, 22, 48, 5, 8, 18, 4)  # strength of the texture on each class, in grey levels
+
+
+class _Canvas:
+    """Draws every part twice: its colour on the picture, its class on the label map, both at twice the size."""
+
+    def __init__(self, width, height):
+        self.pictures = [Image.new("RGB", (2 * width, 2 * height)), Image.new("L", (2 * width, 2 * height))]
+        self.pens = [ImageDraw.Draw(picture) for picture in self.pictures]
+
+    def part(self, shape, points, colour, label):
+        points = [round(2 * x) for x in points]
+        for pen, fill in zip(self.pens, (tuple(colour), SCENE_CLASSES.index(label))):
+            getattr(pen, shape)(points, fill=fill)
+
+    def box(self, x, y, width, height, colour, label, shape="rectangle"):
+        self.part(shape, (x, y, x + max(width, 0.5), y + max(height, 0.5)), colour, label)
+
+
+def _shade(colour, factor):
+    return tuple(min(255, int(c * factor)) for c in colour)
+
+
+def _house(canvas, r, x, y, s):
+    wall, roof = r.randint(120, 250, 3), (r.randint(90, 190), r.randint(40, 90), r.randint(30, 80))
+    width, height = s * r.uniform(0.9, 1.5), s * r.uniform(0.6, 1.0)
+    canvas.box(
+        x + 0.7 * width, y - height - 0.45 * s, 0.1 * s, 0.4 * s, _shade(roof, 0.6), "house"
+    )  # chimney
+    canvas.box(x, y - height, width, height, wall, "house")
+    peak = (x + width / 2, y - height - s * r.uniform(0.35, 0.6))
+    canvas.part("polygon", (x - 0.08 * s, y - height, *peak, x + width + 0.08 * s, y - height), roof, "house")
+    canvas.box(x + 0.42 * width, y - 0.4 * s, 0.18 * s, 0.4 * s, _shade(roof, 0.8), "house")  # door
+    for column in (0.1, 0.72):
+        canvas.box(x + column * width, y - 0.8 * height, 0.18 * width, 0.3 * height, (60, 80, 110), "house")
+        canvas.box(
+            x + (column + 0.08) * width, y - 0.8 * height, 0.02 * width, 0.3 * height, (235,) * 3, "house"
+        )
+
+
+def _tree(canvas, r, x, y, s):
+    green = (r.randint(20, 90), r.randint(80, 160), r.randint(20, 60))
+    canvas.box(x - 0.07 * s, y - 0.6 * s, 0.14 * s, 0.6 * s, (96, 66, 40), "tree")
+    if r.rand() < 0.4:  # a fir
+        for i in range(3):
+            half, top = (0.42 - 0.1 * i) * s, y - (0.9 + 0.3 * i) * s
+            points = (x - half, top + 0.5 * s, x, top, x + half, top + 0.5 * s)
+            canvas.part("polygon", points, _shade(green, 0.7 + 0.1 * i), "tree")
+    else:
+        for _ in range(7):
+            radius = s * r.uniform(0.18, 0.34)
+            cx, cy = x + s * r.uniform(-0.3, 0.3), y - s * r.uniform(0.7, 1.3)
+            leaf = _shade(green, r.uniform(0.7, 1.2))
+            canvas.box(cx - radius, cy - radius, 2 * radius, 2 * radius, leaf, "tree", "ellipse")
+
+
+def _car(canvas, r, x, y, s):
+    paint, facing = r.randint(20, 240, 3), r.choice([-1, 1])
+    canvas.box(x - 0.5 * s, y - 0.34 * s, s, 0.24 * s, paint, "car")
+    cabin = [(-0.3, -0.34), (-0.2, -0.56), (0.14, -0.56), (0.3, -0.34)]
+    canvas.part(
+        "polygon", [v for a, b in cabin for v in (x + facing * a * s, y + b * s)], _shade(paint, 0.9), "car"
+    )
+    for a in (-0.17, 0.01):
+        canvas.box(x + a * s, y - 0.52 * s, 0.14 * s, 0.15 * s, (170, 205, 225), "car")
+    for a in (-0.28, 0.28):
+        canvas.box(x + (a - 0.11) * s, y - 0.22 * s, 0.22 * s, 0.22 * s, (25, 25, 28), "car", "ellipse")
+        canvas.box(x + (a - 0.05) * s, y - 0.16 * s, 0.1 * s, 0.1 * s, (170,) * 3, "car", "ellipse")
+    canvas.box(x + facing * 0.46 * s - 0.03 * s, y - 0.3 * s, 0.06 * s, 0.08 * s, (255, 240, 150), "car")
+
+
+def _person(canvas, r, x, y, s):
+    skin, shirt, trousers = (
+        (r.randint(120, 240), r.randint(90, 180), r.randint(70, 140)),
+        r.randint(30, 250, 3),
+        (45, 50, 80),
+    )
+    stride = s * r.uniform(0.02, 0.1)
+    for side in (-1, 1):
+        canvas.box(x + side * stride - 0.05 * s, y - 0.48 * s, 0.09 * s, 0.48 * s, trousers, "person")
+        canvas.box(
+            x + side * 0.15 * s - 0.03 * s, y - 0.8 * s, 0.07 * s, 0.36 * s, _shade(shirt, 0.85), "person"
+        )
+    canvas.box(x - 0.13 * s, y - 0.84 * s, 0.26 * s, 0.4 * s, shirt, "person")
+    canvas.box(x - 0.08 * s, y - s, 0.16 * s, 0.17 * s, skin, "person", "ellipse")
+    canvas.box(x - 0.085 * s, y - 1.01 * s, 0.17 * s, 0.07 * s, _shade(skin, 0.35), "person", "ellipse")
+
+
+def _fence(canvas, r, x, y, s):
+    wood = (r.randint(110, 200), r.randint(90, 150), r.randint(60, 110))
+    for rail in (0.15, 0.32):
+        canvas.box(x, y - rail * s, 1.6 * s, 0.05 * s, _shade(wood, 0.8), "fence")
+    for i in range(9):
+        canvas.box(x + i * 0.19 * s, y - 0.42 * s, 0.09 * s, 0.42 * s, wood, "fence")
+
+
+def _lamp(canvas, r, x, y, s):
+    arm = r.choice([-1, 1]) * 0.25 * s
+    canvas.box(x - 0.025 * s, y - 1.5 * s, 0.05 * s, 1.5 * s, (70, 75, 80), "lamp")
+    canvas.box(min(x, x + arm), y - 1.5 * s, abs(arm), 0.04 * s, (70, 75, 80), "lamp")
+    canvas.box(x + arm - 0.07 * s, y - 1.5 * s, 0.14 * s, 0.1 * s, (250, 235, 170), "lamp", "ellipse")
+
+
+def _noise(r, width, height, cell):
+    grid = r.randint(0, 256, (height // cell + 2, width // cell + 2)).astype(np.uint8)
+    return np.asarray(Image.fromarray(grid).resize((width, height), Image.BICUBIC), np.int32) - 128
+
+
+def draw_scene(seed, width=256, height=192):
+    """A street scene made of parts: image uint8 [H, W, 3] and labels uint8 [H, W], indices into SCENE_CLASSES.
+
+    The same seed draws the same scene on every machine: an RNG whose stream is frozen, and integer pixels.
+    """
+    r = np.random.RandomState(seed)
+    canvas = _Canvas(width, height)
+    horizon = height * r.uniform(0.3, 0.55)
+    sky = np.array((r.randint(90, 190), r.randint(140, 210), r.randint(190, 250)))
+    bands = 12
+    for i in range(bands):
+        y = horizon * 1.2 * i / bands
+        canvas.box(0, y, width, horizon * 1.2 / bands + 1, _shade(sky, 0.75 + 0.45 * i / bands), "sky")
+    for _ in range(r.randint(0, 5)):
+        x, y, s = r.uniform(0, width), r.uniform(0, 0.7 * horizon), height * r.uniform(0.04, 0.1)
+        for k in range(4):
+            canvas.box(
+                x + k * s * 0.7,
+                y - (k % 2) * s * 0.3,
+                1.5 * s,
+                s,
+                (r.randint(225, 256),) * 3,
+                "sky",
+                "ellipse",
+            )
+    hill = (r.randint(70, 140), r.randint(90, 140), r.randint(90, 150))
+    for _ in range(r.randint(1, 4)):
+        x, half, top = r.uniform(0, width), width * r.uniform(0.2, 0.5), height * r.uniform(0.08, 0.25)
+        points = (
+            x - half,
+            horizon + 2,
+            x - 0.3 * half,
+            horizon - 0.8 * top,
+            x,
+            horizon - top,
+            x + half,
+            horizon + 2,
+        )
+        canvas.part("polygon", points, _shade(hill, r.uniform(0.8, 1.2)), "hill")
+    canvas.box(
+        0, horizon, width, height, (r.randint(70, 130), r.randint(120, 170), r.randint(40, 80)), "grass"
+    )
+    grey = r.randint(80, 140)
+    if r.rand() < 0.6:  # a road across
+        top, depth = horizon + (height - horizon) * r.uniform(0.3, 0.6), height * r.uniform(0.13, 0.22)
+        canvas.box(0, top, width, depth, (grey,) * 3, "road")
+        for k in range(8):
+            canvas.box(k * width / 7, top + 0.47 * depth, width / 14, depth * 0.06, (225, 225, 210), "road")
+        lane = top + 0.9 * depth
+    else:  # a road to the horizon
+        x, far, near = width * r.uniform(0.3, 0.7), width * 0.03, width * r.uniform(0.2, 0.4)
+        canvas.part(
+            "polygon",
+            (x - far, horizon, x + far, horizon, x + near, height, x - near, height),
+            (grey,) * 3,
+            "road",
+        )
+        canvas.part(
+            "polygon", (x - 1, horizon, x + 1, horizon, x + 4, height, x - 4, height), (225, 225, 210), "road"
+        )
+        lane = horizon + (height - horizon) * r.uniform(0.4, 0.9)
+    things = [
+        (_house, 0.34, 3),
+        (_tree, 0.3, 6),
+        (_fence, 0.18, 2),
+        (_lamp, 0.26, 2),
+        (_person, 0.2, 4),
+        (_car, 0.3, 3),
+    ]
+    placed = []
+    for draw, size, most in things:
+        for _ in range(r.randint(0, most + 1)):
+            depth = r.uniform(0.08, 1)
+            y = lane if draw is _car and r.rand() < 0.7 else horizon + (height - horizon) * depth
+            placed.append((y, draw, r.uniform(0, width), size))
+    for y, draw, x, size in sorted(placed, key=lambda thing: thing[0]):  # far things first
+        draw(canvas, r, x, y, height * size * (0.35 + 0.9 * (y - horizon) / (height - horizon)))
+    picture, labels = canvas.pictures
+    image = np.asarray(picture.reduce(2), np.int32)
+    labels = np.asarray(labels.resize((width, height), Image.NEAREST))
+    grain = (_noise(r, width, height, 1) + _noise(r, width, height, 3) + _noise(r, width, height, 12)) // 2
+    light = r.randint(70, 116)
+    image = (image + grain[..., None] * np.array(_GRAIN)[labels][..., None] // 100) * light // 100
+    return image.clip(0, 255).astype(np.uint8), labels
+
+
+class Scenes:
+    """Drawn scenes by number, each uint8 [3, H, W]; `first` is the seed of number 0."""
+
+    def __init__(self, count, first=0):
+        self.count, self.first = count, first
+
+    def __len__(self):
+        return self.count
+
+    def name(self, i):
+        return f"scene {self.first + i}"
+
+    def image(self, i):
+        return torch.from_numpy(draw_scene(self.first + i)[0]).permute(2, 0, 1)
+
+
+# ----------------------------------------------------------------------------------------------- views
+
+
+def random_box(height, width, area, rng):
+    """A random crop of an image, (top, left, height, width): its share of the image's area drawn from `area`, its aspect
+    ratio from 0.75..1.33; the whole image after 100 tries (SPEC: released pipeline)."""
+    for _ in range(100):
+        pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
+        h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return 0, 0, height, width
+
+
+class Views(Dataset):
+    """One image -> uint8 crops of one reference, one random query and the focal queries, all from one decode.
+
+    Keys are (epoch, number): both seed the crops, so a key always gives the same views. Items: reference and query
+    [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], unreadable: '' or what was wrong with a file that
+    another one stands in for.
+    """
+
+    def __init__(self, source, settings):
+        self.source, self.s = source, settings
+
+    def __len__(self):
+        return len(self.source)
+
+    def image(self, number):
+        """The image, or the next readable one with a word on why."""
+        wrong = ""
+        for i in range(min(len(self), 100)):
+            try:
+                return self.source.image((number + i) % len(self)), wrong
+            except Exception as error:  # a damaged file can make a decoder say anything
+                said = str(error).split("\n")[0] or type(error).__name__
+                wrong = wrong or f"{self.source.name(number)!r}: {said}"
+        raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
+
+    def __getitem__(self, key):
+        s, rng = self.s, np.random.default_rng((self.s["seed"], *key))
+        image, wrong = self.image(key[1])
+        areas = [s["large_area"]] * 2 + [s["focal_area"]] * s["focal"]
+        boxes = [random_box(*image.shape[1:], area, rng) for area in areas]
+        flips = rng.random(len(boxes)) < 0.5
+        flips[0] = False  # the reference is never mirrored
+        sizes = [s["image_size"]] * 2 + [s["focal_size"]] * s["focal"]
+        views = [crop(image, *view) for view in zip(boxes, sizes, flips)]
+        focal = (
+            torch.stack(views[2:])
+            if s["focal"]
+            else torch.zeros(0, 3, s["focal_size"], s["focal_size"], dtype=torch.uint8)
+        )
+        return {
+            "reference": views[0],
+            "query": views[1],
+            "focal": focal,
+            "boxes": torch.tensor(boxes),
+            "flips": torch.from_numpy(flips),
+            "unreadable": wrong,
+        }
+
+
+def crop(image, box, size, flip):
+    """Cut `box` out of an image uint8 [3, H, W] and resize it, bilinear with antialiasing -> uint8 [3, size, size]."""
+    top, left, height, width = box
+    part = image[None, :, top : top + height, left : left + width]
+    view = F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+    return view.flip(-1) if flip else view
+
+
+class Order:
+    """Batches of keys (epoch, number) for the steps first..last-1: a new permutation each epoch, cut to whole batches.
+
+    Each step's images are the same however many processes and micro-batches share them.
+    """
+
+    def __init__(self, images, batch, seed, first, last, rank=0, world=1, accumulate=1):
+        self.images, self.batch, self.seed, self.first, self.last = images, batch, seed, first, last
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+
+    def __len__(self):
+        return (self.last - self.first) * self.accumulate
+
+    def __iter__(self):
+        steps, shuffled = self.images // self.batch, None
+        for step in range(self.first, self.last):
+            epoch, i = divmod(step, steps)
+            if shuffled is None or i == 0:
+                shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+            numbers = shuffled[i * self.batch : (i + 1) * self.batch]
+            for part in numbers.reshape(self.accumulate, self.world, -1)[:, self.rank]:
+                yield [(epoch, int(number)) for number in part]
+
+
+def make_loader(dataset, order, workers, device):
+    """Batches in the given order, collated in worker processes."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def feed(loader, device):
+    """Yield the loader's batches on `device`; on CUDA the next one is copied while the current step runs."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ready = None
+    for batch in loader:
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            moved = {
+                k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+            }
+        if ready is not None:
+            yield ready
+        if stream:
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for value in moved.values():
+                if torch.is_tensor(value):
+                    value.record_stream(torch.cuda.current_stream(device))
+        ready = moved
+    if ready is not None:
+        yield ready
+
+
+# --------------------------------------------------------------------------------------------- colours
+
+GREY = torch.tensor([0.2989, 0.587, 0.114])
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+
+def draw_jitter(count, device):
+    """Draw colour jitter for `count` views: four operations each, in an order of its own, as x -> M x + b + c mean(x).
+
+    Returns M [V, 4, 3, 3], b [V, 4, 3, 1], c [V, 4, 1, 1]. Brightness adds u(-0.4, 0.4); contrast about the channel's
+    mean by u(0.6, 1.4); saturation by u(0.8, 1.2); hue turned by u(-0.1, 0.1) of the circle. Saturation and hue are
+    linear in YIQ. One view in five is left as it is.
+    """
+
+    def uniform(low, high):
+        return torch.empty(count, device=device).uniform_(low, high)
+
+    eye, grey, yiq = torch.eye(3, device=device), GREY.to(device).expand(3, 3), YIQ.to(device)
+    contrast, saturation, angle = uniform(0.6, 1.4), uniform(0.8, 1.2), uniform(-0.1, 0.1) * 2 * math.pi
+    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=-1).view(-1, 3, 3)
+    matrix = torch.stack(
+        [
+            eye.expand(count, 3, 3),
+            contrast[:, None, None] * eye,
+            saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * grey,
+            torch.linalg.inv(YIQ).to(device) @ turn @ yiq,
+        ],
+        dim=1,
+    )  # V,4,3,3
+    shift = torch.stack([uniform(-0.4, 0.4), zero, zero, zero], dim=1)  # V,4
+    of_mean = torch.stack([zero, 1 - contrast, zero, zero], dim=1)  # V,4
+    order = torch.rand(count, 4, device=device).argsort(1)
+    matrix, shift, of_mean = (loca.take(x, order) for x in (matrix, shift, of_mean))
+    jitter = torch.rand(count, 1, device=device) < 0.8
+    matrix = torch.where(jitter[..., None, None], matrix, eye)
+    shift, of_mean = shift * jitter, of_mean * jitter
+    return matrix, shift[..., None, None].expand(-1, -1, 3, -1), of_mean[..., None, None]
+
+
+def blur(x, probability):
+    """Gaussian blur of some of the views [V, 3, s, s]: sigma u(0.1, 2), kernel of a tenth of the view."""
+    radius = x.shape[-1] // 10 // 2
+    sigma = torch.empty(len(x), 1, device=x.device).uniform_(0.1, 2.0)
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = (-(taps**2) / (2 * sigma**2)).softmax(-1)  # V,k
+    chosen = torch.rand(len(x), 1, device=x.device) < probability
+    kernel = torch.where(chosen, kernel, (taps == 0).float()).repeat_interleave(3, 0)  # 3V,k
+    flat = F.pad(x.flatten(0, 1)[None], (radius,) * 4, mode="reflect")  # 1,3V,s+2r,s+2r
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(kernel))
+    return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view_as(x)
+
+
+def colours(views, solarize=0.0, blur_probability=0.0):
+    """Random colours for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalised float32.
+
+    Jitter with values clipped to 0..1 after each operation, greyscale with probability 0.2, blur and solarisation
+    with the given ones (SPEC: released pipeline). No value goes back to the host.
+    """
+    device, shape = views.device, views.shape
+    x = views.float().div_(255).flatten(2)  # V,3,ss
+    matrix, shift, of_mean = draw_jitter(len(x), device)
+    for k in range(4):
+        bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
+        x = torch.baddbmm(bias, matrix[:, k], x).clamp_(0, 1)
+    grey = torch.rand(len(x), 1, 1, device=device) < 0.2
+    mix = torch.where(grey, GREY.to(device).expand(3, 3), torch.eye(3, device=device))  # V,3,3
+    if blur_probability:
+        x = blur((mix @ x).view(shape), blur_probability).flatten(2)
+        mix = torch.eye(3, device=device).expand_as(mix)
+    if solarize:
+        x = mix @ x
+        mix = torch.eye(3, device=device).expand_as(mix)
+        turned = (x >= 0.5) & (torch.rand(len(x), 1, 1, device=device) < solarize)
+        x = torch.where(turned, 1 - x, x)
+    mean, std = torch.tensor(MEAN, device=device)[:, None], torch.tensor(STD, device=device)[:, None]
+    return torch.baddbmm((-mean / std).expand(len(x), 3, 1), mix / std, x).view(shape)
+
+
+def plain_colours(views):
+    """Normalise without augmentation: uint8 [..., 3, s, s] -> float32."""
+    mean, std = (torch.tensor(v, device=views.device)[:, None, None] for v in (MEAN, STD))
+    return (views / 255 - mean) / std
+
+
+def to_views(batch, s, augment=True):
+    """A collated batch of Views on the device -> the views of loca.LOCA.forward, colours and targets included."""
+    reference, query, focal = batch["reference"], batch["query"], batch["focal"]
+    if augment:
+        chances = (1.0, 0.1, 0.5) if s["blur"] else (0.0, 0.0, 0.0)  # reference, random query, focal queries
+        reference = colours(reference, blur_probability=chances[0])
+        query = colours(query, solarize=0.2, blur_probability=chances[1])
+        focal = (
+            colours(focal.flatten(0, 1), blur_probability=chances[2]).view_as(focal)
+            if s["focal"]
+            else focal.float()
+        )
+    else:
+        reference, query, focal = plain_colours(reference), plain_colours(query), plain_colours(focal)
+    boxes, flips = batch["boxes"], batch["flips"]
+    large, small = s["image_size"], s["focal_size"]
+    grid, focal_grid = large // s["patch_size"], small // s["patch_size"]
+    targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)
+    focal_targets = loca.patch_targets(boxes[:, :1], boxes[:, 2:], flips[:, 2:], small, focal_grid, grid)
+    return {
+        "reference": reference, "query": query, "query_targets": targets, "focal": focal, "focal_targets": focal_targets,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- schedules
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear from 0 over `warmup` steps, then a cosine to 1 % of the peak at the last step (SPEC section 5)."""
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def teacher_momentum(step, steps, start):
+    """From `start` to 1 by a cosine over all steps."""
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on tensors of two and more dimensions alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+# ------------------------------------------------------------------------------- processes, run folder
+
+
+class Processes:
+    """The device of this process and its place among all (torchrun's environment); one process without torchrun."""
+
+    def __init__(self, device=None):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.main = self.rank == 0
+        if device is None:
+            device = (
+                "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            )
+        try:
+            self.device = torch.device(device if ":" in device or device != "cuda" else f"cuda:{self.local}")
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise Problem(f"--device {device}: {str(error).splitlines()[0]}") from error
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        if self.device.type == "cpu":  # for short sequences the plain attention beats the tiled one here
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        if self.world > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        self.stop = None  # the signal that asked this run to stop
+
+    def say(self, *words):
+        if self.main:
+            print(*words, flush=True)
+
+    def sum(self, values):
+        """Sum a list of numbers or tensors over all processes: one transfer, one reduction -> list of floats."""
+        total = torch.stack(
+            [
+                torch.as_tensor(
+                    v, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device
+                )
+                for v in values
+            ]
+        )
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def listen(self):
+        """From now on SIGTERM and SIGINT ask for a stop after a save; a second one ends the process at once."""
+
+        def ask(number, frame):
+            self.stop = number
+            for s in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(s, signal.SIG_DFL)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ask)
+
+    def wrap(self, model, **options):
+        """The model under DDP where there are several processes."""
+        if self.world == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+
+
+def autocast(precision, device):
+    """The precision context: bf16 autocast or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def choose_precision(device):
+    """'bf16' where it is fast, else 'float32'."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    fast = device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {
+        name for name, has in torch.cpu.get_capabilities().items() if has
+    }
+    return "bf16" if fast else "float32"
+
+
+def save_file(path, content):
+    """Write with torch.save under a temporary name, then rename: a file of this name is always whole."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise Problem(f"cannot save {path}: {error}; what was saved before is untouched") from error
+
+
+def load_file(path):
+    """Read a checkpoint of ours. Raises Problem where it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own for a damaged file
+        raise Problem(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+
+
+class Log:
+    """metrics.jsonl, one record a line; records from `step` on, of a run that went further, are cut off."""
+
+    def __init__(self, folder, step, tensorboard=False):
+        self.path = Path(folder) / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise Problem("--tensorboard needs a package: pip install tensorboard") from error
+            self.board = SummaryWriter(folder, purge_step=step)
+
+    def write(self, record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.board:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, record["step"])
+            self.board.flush()
+
+
+def peak_memory(device):
+    """Largest memory this process has held, in GiB: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def set_seed(*parts):
+    """Seed torch on all devices from several numbers, without waiting for any."""
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1))
+
+
+def duration(seconds):
+    minutes = int(seconds) // 60
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if minutes >= 60
+        else f"{minutes} min {int(seconds) % 60:02d} s"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+RUN_ONLY = {
+    "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes", "keep", "tensorboard",
+    "cache_list", "accumulate", "bench", "show", "world",
+}  # fmt: skip  # settings that a resumed run may change
+
+
+def build(s):
+    """The LOCA that settings describe, on the CPU."""
+    encoder = loca.ViT(
+        s["image_size"], s["patch_size"], s["dim"], s["depth"], s["heads"], s["mlp_dim"], s["drop_path"]
+    )
+    encoder.grad_checkpoint = s["grad_checkpoint"]
+    names = (
+        "head_hidden", "bottleneck", "masking_ratio", "masking", "query_tokens", "student_temperature",
+        "teacher_temperature", "position_weight", "feature_weight", "single_image",
+    )  # fmt: skip
+    prototypes = s["prototypes"] if s["feature_weight"] and not s["single_image"] else 0
+    return loca.LOCA(encoder, prototypes, **{name: s[name] for name in names})
+
+
+def open_data(s, processes):
+    """Training and held-out images as the settings name them."""
+    if s["data"] is None:
+        return Scenes(s["scenes"]), Scenes(s["val_images"], first=10**6)
+    if not processes.main and s["cache_list"]:
+        dist.barrier()  # the first process lists the folder and keeps the list for the others
+    files = find_images(s["data"], s["cache_list"])
+    if processes.world > 1 and processes.main and s["cache_list"]:
+        dist.barrier()
+    if s["val"]:
+        held_out = find_images(s["val"])
+        chosen = np.random.default_rng(s["seed"]).permutation(len(held_out))[: s["val_images"]]
+        return Folder(s["data"], files), Folder(s["val"], held_out.select(np.sort(chosen)))
+    count = min(s["val_images"], len(files) // 10)
+    order = np.random.default_rng(s["seed"]).permutation(len(files))
+    train = files.select(np.sort(order[count:])) if count else files
+    return Folder(s["data"], train), Folder(s["data"], files.select(np.sort(order[:count])))
+
+
+def resume(path, s, model, teacher, optimizer, processes):
+    """Load a run's last checkpoint if it has one -> steps done and the sums of the log line under way."""
+    if not path.exists():
+        return 0, None
+    saved = load_file(path)
+    old = saved["settings"]
+    for key in s:
+        if key in old and old[key] != s[key]:
+            flag = f"--{key.replace('_', '-')}"
+            if key not in RUN_ONLY:
+                raise Problem(
+                    f"{path} was made with {flag} {old[key]}, not {s[key]}: give another --out, or {old[key]} to resume"
+                )
+            if key not in ("bench", "show", "out"):
+                processes.say(f"resuming with {flag} {s[key]}, before it was {old[key]}")
+    model.load_state_dict(saved["model"])
+    if teacher is not None:
+        teacher.load_state_dict(saved["teacher"])
+    optimizer.load_state_dict(saved["optimizer"])
+    processes.say(f"resuming {path} at step {saved['step']}")
+    return saved["step"], saved["window"]
+
+
+# ------------------------------------------------------------------------------------------------ loop
+
+
+class Window:
+    """Sums between two log lines, on the device: nothing waits for it until it is read."""
+
+    NAMES = (
+        "loss", "position_loss", "feature_loss", "position_accuracy", "cross_entropy", "prototype_perplexity",
+        "target_entropy", "gradient_norm",
+    )  # fmt: skip
+
+    def __init__(self, device, sums=None):
+        self.device, self.unreadable = device, {}
+        self.failed = torch.full(
+            (1 + len(self.NAMES),), -1.0, device=device
+        )  # step and terms of the first bad step
+        self.clear()
+        if sums is not None:
+            self.sums, self.count = sums[1:].to(device), int(sums[0])
+
+    def clear(self):
+        self.sums, self.count = torch.zeros(len(self.NAMES), device=self.device), 0
+        self.begin, self.waited = time.perf_counter(), 0.0
+
+    def fetch(self, batches):
+        """The next batch, its waiting time counted and its unreadable files remembered."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - begin
+        for wrong in filter(None, batch["unreadable"]):
+            if wrong not in self.unreadable:
+                print(
+                    f"warning: unreadable image {wrong}; another one stands in for it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self.unreadable[wrong] = True
+        return batch
+
+    def add(self, step, losses, gradient_norm):
+        """Add one step's means over its micro-batches. The gradient norm is the same on all ranks, and not finite on
+        all where one rank's loss is not."""
+        losses = {name: sum(values) / len(values) for name, values in losses.items()}
+        terms = torch.stack(
+            [*(losses[name].detach().float() for name in self.NAMES[:-1]), gradient_norm.float()]
+        )
+        self.sums, self.count = self.sums + terms, self.count + 1
+        first = (self.failed[0] < 0) & ~gradient_norm.isfinite()
+        self.failed = torch.where(first, torch.cat([terms.new_full((1,), step), terms]), self.failed)
+
+    def read(self, processes):
+        """Means over the window and all processes -> dict; the window starts anew. Raises Problem where a step's
+        gradient was not finite."""
+        failed = self.failed.tolist()
+        if failed[0] >= 0:
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.NAMES, failed[1:]))
+            raise Problem(
+                f"step {int(failed[0])}: the loss or its gradient is not finite on rank {processes.rank} or another "
+                f"({terms}). The last checkpoint is untouched; resume with a smaller --lr or --precision float32"
+            )
+        means = [x / (self.count * processes.world) for x in processes.sum(self.sums)]
+        record = dict(zip(self.NAMES, means))
+        self.clear()
+        return record
+
+
+def pretrain(s, processes):
+    """Run the settings from the run folder's last checkpoint, or from the start, to the end -> exit code."""
+    device, out = processes.device, Path(s["out"])
+    train_images, val_images = open_data(s, processes)
+    if len(train_images) < s["batch"]:
+        raise Problem(
+            f"{len(train_images)} images are fewer than one batch: give --batch {len(train_images)} or less"
+        )
+    epoch_steps = len(train_images) // s["batch"]
+    steps = s["steps"] or s["epochs"] * epoch_steps
+    warmup = min(round(s["warmup_epochs"] * epoch_steps), steps // 2)
+    set_seed(s["seed"])
+    model = build(s).to(device)
+    teacher = loca.make_teacher(model) if model.head else None
+    groups = parameter_groups(model, s["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    first, sums = resume(out / "last.pt", s, model, teacher, optimizer, processes)
+    net = torch.compile(model) if s["compile"] else model
+    net = processes.wrap(net, static_graph=s["accumulate"] == 1)
+    run = Run(
+        s,
+        processes,
+        model,
+        teacher,
+        optimizer,
+        steps,
+        epoch_steps,
+        val_images,
+        Log(out, first + 1, s["tensorboard"]) if processes.main else None,
+    )
+    run.announce(train_images, first)
+    order = Order(
+        len(train_images),
+        s["batch"],
+        s["seed"],
+        first,
+        steps,
+        processes.rank,
+        processes.world,
+        s["accumulate"],
+    )
+    batches = feed(make_loader(Views(train_images, s), order, s["workers"], device), device)
+    window = Window(device, sums)
+    processes.listen()
+
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, warmup, s["lr"] * s["batch"] / 1024)
+        terms = defaultdict(list)
+        for micro in range(s["accumulate"]):
+            batch = window.fetch(batches)
+            set_seed(s["seed"], step, processes.rank, micro)
+            last = micro == s["accumulate"] - 1
+            with contextlib.nullcontext() if last or processes.world == 1 else net.no_sync():
+                with autocast(s["precision"], device):
+                    losses = net(to_views(batch, s), teacher)
+                (losses["loss"] / s["accumulate"]).backward()
+            for name, value in losses.items():
+                terms[name].append(value)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        if teacher is not None:
+            loca.update_teacher(teacher, model, teacher_momentum(step, steps, s["momentum"]))
+        window.add(step, terms, norm)
+        if run.after_step(step + 1, window):
+            return REQUEUE
+    run.finish()
+    return 0
+
+
+class Run:
+    """What surrounds the loop: log lines, held-out accuracy, checkpoints, pictures."""
+
+    def __init__(self, s, processes, model, teacher, optimizer, steps, epoch_steps, val_images, log):
+        self.s, self.processes, self.log = s, processes, log
+        self.model, self.teacher, self.optimizer = model, teacher, optimizer
+        self.steps, self.epoch_steps, self.val_images = steps, epoch_steps, val_images
+        self.out, self.saved_at, self.seen, self.warned = Path(s["out"]), time.monotonic(), 0, set()
+        self.chance = {
+            "position_loss": math.log(model.positions),
+            "cross_entropy": math.log(max(s["prototypes"], 1)),
+        }
+
+    def announce(self, images, first):
+        s, p = self.s, self.processes
+        count = sum(x.numel() for x in self.model.encoder.parameters()) / 1e6
+        p.say(
+            f"{p.world} process{'es' * (p.world > 1)} on {p.device.type}, {s['precision']}; {s['batch'] // p.world // s['accumulate']} "
+            f"images per device x {p.world} x {s['accumulate']} accumulated = batch {s['batch']}"
+        )
+        p.say(
+            f"{len(images)} images, {len(self.val_images)} held out; encoder of {count:.1f} M parameters; {self.steps} steps "
+            f"of {self.epoch_steps} an epoch, from step {first}; run folder {s['out']}"
+        )
+        if p.main:
+            (self.out / "settings.json").write_text(json.dumps(self.s, indent=1) + "\n")
+
+    def after_step(self, done, window):
+        """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
+        s, epoch_end = self.s, done % self.epoch_steps == 0 or done == self.steps
+        stop = self.processes.stop is not None
+        if done % s["log_every"] == 0 or epoch_end:
+            seconds, waited, count = time.perf_counter() - window.begin, window.waited, window.count
+            stop = self.processes.sum([float(stop)])[0] > 0
+            record = window.read(self.processes)
+            self.report(done, record, count * s["batch"] / seconds, waited / seconds)
+            self.check_unreadable(window, done)
+        elif self.processes.world > 1:
+            return False  # all processes stop at the same step: the next log line
+        if epoch_end:
+            self.evaluate(done)
+            window.clear()  # the time of the evaluation is not the steps'
+        if self.processes.main:
+            if s["keep"] and epoch_end and done // self.epoch_steps % s["keep"] == 0:
+                self.save(done, window, f"epoch_{done // self.epoch_steps:04d}.pt")
+            late = time.monotonic() - self.saved_at > 60 * s["save_minutes"] and window.count == 0
+            if stop or late or done == self.steps:
+                self.save(done, window, "last.pt")
+        if stop:
+            self.processes.say(f"asked to stop: saved at step {done}; the same command goes on from there")
+        return stop
+
+    def report(self, done, record, speed, waiting):
+        s = self.s
+        lr, memory = self.optimizer.param_groups[0]["lr"], peak_memory(self.processes.device)
+        left = (self.steps - done) * s["batch"] / speed
+        position = f"position {record['position_loss']:.3f} (chance {self.chance['position_loss']:.2f})"
+        cluster = f"cluster {record['cross_entropy']:.3f} (chance {self.chance['cross_entropy']:.2f})"
+        self.processes.say(
+            f"step {done}/{self.steps} epoch {done / self.epoch_steps:.1f} | loss {record['loss']:.3f} | {position} | "
+            f"{cluster + ' | ' if self.teacher else ''}accuracy {record['position_accuracy']:.1%} | lr {lr:.1e} | "
+            f"{speed:.1f} img/s | waiting for data {waiting:.0%} | {memory:.1f} GiB | {duration(left)} left"
+        )
+        if self.log:
+            speeds = {"images_per_second": speed, "waiting": waiting, "memory_gib": memory}
+            self.log.write({"step": done, "epoch": done / self.epoch_steps, "lr": lr, **record, **speeds})
+        for name in ("position_loss", "cross_entropy"):
+            weight = (
+                s["position_weight"]
+                if name == "position_loss"
+                else s["feature_weight"] * (self.teacher is not None)
+            )
+            if weight and done > self.steps // 4 and record[name] > 0.99 * self.chance[name]:
+                self.warn(
+                    f"after a quarter of the steps {name} is still at chance ({record[name]:.2f} of {self.chance[name]:.2f})"
+                )
+        if (
+            self.teacher
+            and done > self.steps // 10
+            and record["prototype_perplexity"] < 0.02 * s["prototypes"]
+        ):
+            self.warn(
+                f"the predictions use {record['prototype_perplexity']:.0f} of {s['prototypes']} prototypes: collapsing"
+            )
+
+    def warn(self, text):
+        if text.split("(")[0] not in self.warned:
+            self.warned.add(text.split("(")[0])
+            self.processes.say(f"warning: {text}; see the README's questions")
+
+    def check_unreadable(self, window, done):
+        count, seen = len(window.unreadable), min(done * self.s["batch"], self.epoch_steps * self.s["batch"])
+        if count > 0.05 * max(
+            seen / self.processes.world, 400 if self.epoch_steps * self.s["batch"] > 400 else seen
+        ):
+            raise Problem(
+                f"{count} of the images read so far cannot be decoded, over 5 %: look at the warnings above"
+            )
+
+    def evaluate(self, done):
+        """Held-out figures and the picture; every process takes its share of whole batches."""
+        if len(self.val_images) == 0:
+            return
+        record = evaluate(self.model, self.teacher, self.val_images, self.s, self.processes)
+        self.processes.say(
+            f"epoch {done / self.epoch_steps:.0f} held out: position accuracy {record['val_position_accuracy']:.2%} "
+            f"(chance {1 / self.model.positions:.2%}) | position {record['val_position_loss']:.3f} | features: spread "
+            f"{record['feature_std']:.2f} of 1, effective rank {record['effective_rank']:.0f} of {self.s['dim']}"
+            + (f" | prototypes used {record['val_prototype_perplexity']:.0f} of {self.s['prototypes']}, target entropy "
+               f"{record['val_target_entropy']:.2f} of {self.chance['cross_entropy']:.2f}" if self.teacher else "")
+        )  # fmt: skip
+        if record["feature_std"] < 0.05 or record["effective_rank"] < 2:
+            self.warn("the features collapse: they are nearly the same everywhere")
+        self.accuracy = record["val_position_accuracy"]
+        if self.log:
+            self.log.write({"step": done, "epoch": done / self.epoch_steps, **record})
+
+    def save(self, done, window, name):
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.teacher is not None:
+            parts["teacher"] = self.teacher.state_dict()
+        sums = torch.cat([torch.tensor([float(window.count)]), window.sums.cpu()])
+        save_file(self.out / name, {**parts, "settings": self.s, "step": done, "window": sums})
+        if name == "last.pt":
+            encoder = (self.teacher or self.model).encoder
+            save_file(self.out / "encoder.pt", encoder.state_dict())
+            if len(self.val_images) and not self.s["single_image"]:
+                draw_predictions(
+                    self.model, self.teacher, self.val_images, self.s, self.processes.device
+                ).save(self.out / "predictions.png")
+            self.saved_at = time.monotonic()
+
+    def finish(self):
+        """Say what the run made and what to do next."""
+        s = self.s
+        if hasattr(self, "accuracy"):
+            times = self.accuracy * self.model.positions
+            self.processes.say(f"held-out position accuracy {self.accuracy:.2%}, {times:.1f} times chance")
+        self.processes.say(
+            f"{s['out']}: last.pt, encoder.pt (timm's names), predictions.png, metrics.jsonl, settings.json"
+        )
+        data = f"--data NAME:DIR --init {s['out']}/last.pt" if s["data"] else ""
+        self.processes.say(f"next: python finetune_seg.py {data}".rstrip())
+
+
+@torch.no_grad()
+def evaluate(model, teacher, images, s, processes):
+    """Held-out position accuracy and loss, and how spread the features are -> dict. Views and masks are the same each
+    time; stochastic depth is off; the last images that do not fill a batch on every process are left out."""
+    model.eval()
+    parts = [model] if teacher is None else [model, teacher.eval()]
+    size = max(1, min(32, len(images) // processes.world))
+    batches = [range(i, i + size) for i in range(0, len(images) - size + 1, size)]
+    mine = batches[: len(batches) // processes.world * processes.world][processes.rank :: processes.world]
+    names = ["position_accuracy", "position_loss", "prototype_perplexity", "target_entropy"]
+    sums, tokens = torch.zeros(len(names), device=processes.device), []
+    keys = [[(2**31, i) for i in batch] for batch in mine]
+    for number, batch in enumerate(
+        feed(make_loader(Views(images, s), keys, min(s["workers"], 2), processes.device), processes.device)
+    ):
+        set_seed(s["seed"], number)
+        with autocast(s["precision"], processes.device):
+            views = to_views(batch, s, augment=False)
+            losses = model(views, teacher)
+            tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
+        sums += torch.stack([losses[name].float() for name in names])
+    for part in parts:
+        part.train()
+    means = processes.sum([*(sums / max(len(mine), 1))])
+    spread, rank = feature_spread(torch.cat(tokens))
+    record = {f"val_{name}": mean / processes.world for name, mean in zip(names, means)}
+    return {**record, "feature_std": spread, "effective_rank": rank}
+
+
+def feature_spread(tokens):
+    """Tokens [M, D] -> standard deviation of the unit vectors, 1 where they fill all directions and 0 where they are all
+    the same, and the effective rank, 1..D: exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    unit = F.normalize(tokens, dim=-1)
+    centred = (tokens - tokens.mean(0)).cpu()
+    values = torch.linalg.svdvals(centred.T @ centred).sqrt()
+    share = values / values.sum().clamp_min(1e-12)
+    return float(unit.std(0).norm()), float(torch.special.entr(share).sum().exp())
+
+
+# -------------------------------------------------------------------------------------------- pictures
+
+
+def position_colours(grid):
+    """A colour for every position of a grid: uint8 [grid * grid, 3], near positions alike."""
+    corners = np.array(
+        [[[255, 60, 40], [255, 225, 60]], [[60, 40, 200], [40, 225, 160]]], float
+    )  # rows, columns, RGB
+    at = np.linspace(0, 1, grid)
+    rows = corners[0] * (1 - at)[:, None, None] + corners[1] * at[:, None, None]  # grid,2,3
+    colours = rows[:, :1] * (1 - at)[None, :, None] + rows[:, 1:] * at[None, :, None]
+    return colours.reshape(-1, 3).astype(np.uint8)
+
+
+def _tile(image, side):
+    return image.resize((side, side), Image.BICUBIC)
+
+
+def _paint(view, side, positions, palette, correct=None):
+    """A view under patches in the colours of `positions` [n]; -1 stays grey, a wrong one shrinks to a dot."""
+    grid = math.isqrt(len(positions))
+    picture = ImageOps.grayscale(_tile(view, side)).point(lambda v: v // 3 + 20).convert("RGB")
+    pen, step = ImageDraw.Draw(picture), side / grid
+    for i, position in enumerate(positions):
+        if position >= 0:
+            row, column = divmod(i, grid)
+            inset = 0 if correct is None or correct[i] else 0.32 * step
+            corners = [
+                column * step + inset,
+                row * step + inset,
+                (column + 1) * step - inset - 1,
+                (row + 1) * step - inset - 1,
+            ]
+            pen.rectangle(corners, fill=tuple(palette[position].tolist()))
+    return picture
+
+
+@torch.no_grad()
+def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
+    """Where the model puts every patch of some held-out queries, as a picture.
+
+    A row an image: the reference, its positions in colour, and for the random query and some focal queries the crop,
+    the true positions and the predicted ones; a correct patch is filled, a wrong one a dot of the predicted colour.
+    """
+    modules = [model] if teacher is None else [model, teacher]
+    for module in modules:
+        module.eval()
+    dataset, focal = Views(images, s), min(focal, s["focal"])
+    batch = torch.utils.data.default_collate([dataset[2**31, i] for i in range(min(count, len(images)))])
+    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    set_seed(s["seed"])
+    everything = torch.arange(model.positions, device=device)
+    queries, context, targets, _ = model.encode(to_views(batch, s, augment=False), teacher, keep=everything)
+    predicted, targets = model.predictor(queries, context).argmax(-1).cpu().numpy(), targets.cpu().numpy()
+    for module in modules:
+        module.train()
+
+    side, gap, n = 112, 4, (s["focal_size"] // s["patch_size"]) ** 2
+    palette, blocks = position_colours(s["image_size"] // s["patch_size"]), 1 + focal
+    width, height = 2 * side + gap + blocks * (3 * side + 4 * gap), 24 + len(predicted) * (side + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(sheet).text(
+        (4, 6), "reference, its positions | each query: crop, true positions, predicted positions (filled: right, dot: wrong, "
+        "grey: outside the reference)", fill="black",
+    )  # fmt: skip
+    for i in range(len(predicted)):
+        picture = lambda view: Image.fromarray(view.permute(1, 2, 0).cpu().numpy())
+        reference, y = picture(batch["reference"][i]), 24 + i * (side + gap)
+        sheet.paste(_tile(reference, side), (0, y))
+        coloured = _paint(reference, side, np.arange(model.positions), palette)
+        sheet.paste(Image.blend(_tile(reference, side), coloured, 0.6), (side, y))
+        views = [picture(batch["query"][i]), *(picture(batch["focal"][i, k]) for k in range(focal))]
+        starts = [0, *(model.positions + k * n for k in range(focal))]
+        for k, (view, start) in enumerate(zip(views, starts)):
+            part = slice(start, start + (model.positions if k == 0 else n))
+            true, said = targets[i, part], predicted[i, part]
+            x = 2 * side + 4 * gap + k * (3 * side + 4 * gap)
+            sheet.paste(_tile(view, side), (x, y))
+            sheet.paste(_paint(view, side, true, palette), (x + side, y))
+            sheet.paste(
+                _paint(view, side, np.where(true < 0, -1, said), palette, said == true), (x + 2 * side, y)
+            )
+    return sheet
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+SCENES_PRESET = {
+    "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 96, "focal_size": 48, "focal": 4,
+    "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 10, "warmup_epochs": 1.0, "lr": 0.04,
+    "momentum": 0.99, "out": "runs/scenes", "val_images": 64, "log_every": 10,
+}  # fmt: skip
+
+
+def make_parser():
+    """The command line; defaults are the released recipe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    yes_no = argparse.BooleanOptionalAction
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder of images, at any depth; without it, drawn scenes and a tiny model",
+    )
+    data.add_argument("--val", metavar="DIR", help="folder of held-out images; default: a part of --data")
+    data.add_argument(
+        "--val-images", type=int, default=500, help="held-out images at most (a tenth of --data at most)"
+    )
+    data.add_argument("--scenes", type=int, default=1280, help="drawn scenes to train on, without --data")
+    data.add_argument(
+        "--cache-list", metavar="FILE", help="keep the list of images here: for folders of millions"
+    )
+    data.add_argument(
+        "--workers", type=int, help="loader processes per device; default: the cores, shared by the devices"
+    )
+    views = parser.add_argument_group("views")
+    views.add_argument(
+        "--image-size", type=int, default=224, help="side of the reference and random query, pixels"
+    )
+    views.add_argument("--focal-size", type=int, default=96, help="side of the focal queries, pixels")
+    views.add_argument("--focal", type=int, default=9, help="focal queries per image; fewer is faster")
+    views.add_argument(
+        "--query-tokens", type=int, help="tokens of the random query that are encoded; default: 5 of 14"
+    )
+    views.add_argument(
+        "--large-area",
+        type=float,
+        nargs=2,
+        default=[0.32, 1.0],
+        help="area of reference and random query, share of the image",
+    )
+    views.add_argument(
+        "--focal-area",
+        type=float,
+        nargs=2,
+        default=[0.05, 0.32],
+        help="area of a focal query, share of the image",
+    )
+    views.add_argument(
+        "--blur",
+        action=yes_no,
+        default=False,
+        help="blur as the paper means it; the released code never blurs",
+    )
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--model",
+        default="B/16",
+        choices=list(loca.SIZES),
+        help="size; the next five flags change parts of it",
+    )
+    method.add_argument("--patch-size", type=int, help="side of a patch, pixels; smaller for small images")
+    method.add_argument("--dim", type=int, help="width")
+    method.add_argument("--depth", type=int, help="blocks")
+    method.add_argument("--heads", type=int, help="attention heads")
+    method.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
+    method.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
+    method.add_argument(
+        "--prototypes", type=int, default=4096, help="clusters of the feature loss; fewer for small data"
+    )
+    method.add_argument("--head-hidden", type=int, default=2048, help="hidden width of the projection head")
+    method.add_argument(
+        "--bottleneck", type=int, default=256, help="width in which features and prototypes are compared"
+    )
+    method.add_argument(
+        "--masking-ratio",
+        type=float,
+        default=0.8,
+        help="eta, share of reference tokens hidden from the queries",
+    )
+    method.add_argument(
+        "--masking",
+        default="consecutive",
+        choices=["consecutive", "first", "unstructured"],
+        help="which stay visible",
+    )
+    method.add_argument(
+        "--student-temperature", type=float, default=0.1, help="of the student's cluster prediction"
+    )
+    method.add_argument(
+        "--teacher-temperature", type=float, default=0.05, help="of the targets; higher if they collapse"
+    )
+    method.add_argument(
+        "--position-weight",
+        type=float,
+        default=1.0,
+        help="weight of the position loss; 0: feature loss alone",
+    )
+    method.add_argument(
+        "--feature-weight",
+        type=float,
+        default=1.0,
+        help="weight of the feature loss; 0: position loss alone, no teacher",
+    )
+    method.add_argument(
+        "--single-image",
+        action=yes_no,
+        default=False,
+        help="compare: predict a view's own positions, no reference",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, default=100, help="passes over the images")
+    training.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
+    training.add_argument(
+        "--batch", type=int, default=1024, help="images per optimiser step, over all devices and accumulation"
+    )
+    training.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="micro-batches per step, to save memory; Sinkhorn sees one at a time",
+    )
+    training.add_argument(
+        "--lr", type=float, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024"
+    )
+    training.add_argument("--warmup-epochs", type=float, default=15.0, help="epochs of linear warm-up")
+    training.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices alone")
+    training.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    training.add_argument(
+        "--momentum",
+        type=float,
+        default=0.996,
+        help="of the teacher at the start; it rises to 1. Lower for short runs",
+    )
+    training.add_argument("--seed", type=int, default=0, help="of everything random")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--out", metavar="DIR", default="runs/pretrain", help="run folder; a run that is in it goes on"
+    )
+    run.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    run.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
+    run.add_argument(
+        "--compile", action=yes_no, default=False, help="torch.compile the step: slow start, faster on GPUs"
+    )
+    run.add_argument(
+        "--grad-checkpoint",
+        action=yes_no,
+        default=False,
+        help="recompute blocks in the backward pass: less memory, slower",
+    )
+    run.add_argument(
+        "--log-every", type=int, default=20, help="steps between log lines; a stop is agreed on at these"
+    )
+    run.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
+    run.add_argument(
+        "--keep", type=int, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: the last alone"
+    )
+    run.add_argument(
+        "--tensorboard",
+        action=yes_no,
+        default=False,
+        help="also write TensorBoard's log (pip install tensorboard)",
+    )
+    return parser
+
+
+def read_settings(arguments, processes_world):
+    """Command line -> settings, checked before any data is read. Raises Problem for what cannot work."""
+    parser = make_parser()
+    if parser.parse_args(arguments).data is None:
+        parser.set_defaults(**SCENES_PRESET)
+    s = vars(parser.parse_args(arguments))
+    s.update({k: v for k, v in loca.SIZES[s["model"]].items() if s[k] is None})
+    s["world"] = processes_world
+    s["mean"], s["std"] = list(MEAN), list(STD)
+
+    def check(good, text):
+        if not good:
+            raise Problem(text)
+
+    for name in ("image_size", "focal_size"):
+        flag = f"--{name.replace('_', '-')}"
+        nearest = max(1, round(s[name] / s["patch_size"])) * s["patch_size"]
+        check(
+            s[name] > 0 and s[name] % s["patch_size"] == 0,
+            f"{flag} {s[name]} is not a multiple of the patch, {s['patch_size']}: try {nearest}",
+        )
+    shares = processes_world * s["accumulate"]
+    check(
+        s["accumulate"] > 0 and s["batch"] > 0 and s["batch"] % shares == 0,
+        f"--batch {s['batch']} is not a multiple of {processes_world} processes x --accumulate {s['accumulate']}: "
+        f"try {max(1, round(s['batch'] / max(shares, 1))) * shares}",
+    )
+    for name in ("large_area", "focal_area"):
+        low, high = s[name]
+        check(
+            0 < low <= high <= 1,
+            f"--{name.replace('_', '-')} {low} {high}: give two shares of the image, 0 < low <= high <= 1",
+        )
+    for name in (
+        "epochs",
+        "log_every",
+        "student_temperature",
+        "teacher_temperature",
+        "lr",
+        "scenes",
+        "head_hidden",
+        "bottleneck",
+    ):
+        check(s[name] > 0, f"--{name.replace('_', '-')} {s[name]}: it is to be above 0")
+    for name in (
+        "focal",
+        "prototypes",
+        "val_images",
+        "keep",
+        "position_weight",
+        "feature_weight",
+        "warmup_epochs",
+        "clip",
+        "weight_decay",
+        "seed",
+    ):
+        check(s[name] >= 0, f"--{name.replace('_', '-')} {s[name]}: it is not to be below 0")
+    check(s["steps"] is None or s["steps"] > 0, f"--steps {s['steps']}: it is to be above 0")
+    check(0 <= s["momentum"] <= 1, f"--momentum {s['momentum']}: it is to lie in 0..1")
+    check(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
+    check(
+        s["position_weight"] or s["feature_weight"],
+        "--position-weight 0 --feature-weight 0: nothing is left to learn from",
+    )
+    check(
+        s["prototypes"] or not s["feature_weight"],
+        "--prototypes 0: the feature loss needs some; for the position loss alone give --feature-weight 0",
+    )
+    try:
+        with torch.device("meta"):
+            build(s)
+    except ValueError as error:
+        raise Problem(
+            f"{error}: see --patch-size, --heads, --dim, --masking-ratio, --query-tokens"
+        ) from error
+    return s
+
+
+def main(arguments=None):
+    try:
+        s = read_settings(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+        processes = Processes(s["device"])
+        s["precision"] = s["precision"] or choose_precision(processes.device)
+        if s["workers"] is None:
+            s["workers"] = max(
+                1, min(12, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            )
+        return pretrain(s, processes)
+    except Problem as problem:
+        print(f"train.py: {problem}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_image
 
 import loca
@@ -530,9 +531,13 @@ def colours(views, solarize=0.0, blur_probability=0.0):
     """Random colours for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalised float32.
 
     Jitter with values clipped to 0..1 after each operation, greyscale with probability 0.2, blur and solarisation
-    with the given ones (SPEC: released pipeline). No value goes back to the host.
+    with the given ones (SPEC: released pipeline). No value goes back to the host. On the CPU as many views at a time
+    as its cache holds.
     """
     device, shape = views.device, views.shape
+    fitting = max(1, 2**18 // (shape[-1] * shape[-2]))
+    if device.type == "cpu" and len(views) > fitting:
+        return torch.cat([colours(part, solarize, blur_probability) for part in views.split(fitting)])
     x = views.float().div_(255).flatten(2)  # V,3,ss
     matrix, shift, of_mean = draw_jitter(len(x), device)
     for k in range(4):
@@ -1228,6 +1233,115 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
     return sheet
 
 
+# ----------------------------------------------------------------------------------------------- bench
+
+
+def clock(function, device, seconds=2.0, least=2):
+    """Seconds that one call takes: the median of calls for about `seconds`, after one that is not counted."""
+    times = []
+    while len(times) <= least or sum(times) < seconds:
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:]))
+
+
+def bench(s, processes):
+    """Measure the input pipeline and the training step at these settings, and say which of them limits."""
+    device, threads = processes.device, torch.get_num_threads()
+    images, _ = open_data({**s, "val_images": 0}, processes)
+    count, numbers = s["batch"] // s["accumulate"] // processes.world, iter(range(10**9))
+    dataset = Views(images, s)
+    torch.set_num_threads(1)  # as in a worker
+    cropping = clock(lambda: dataset[0, next(numbers) % len(images)], torch.device("cpu"), 6.0, 20)
+    batch = torch.utils.data.default_collate([dataset[0, i % len(images)] for i in range(count)])
+    few = {k: v[:8] for k, v in batch.items()}
+    colouring = clock(lambda: to_views(few, s), torch.device("cpu")) / len(few["reference"])
+    torch.set_num_threads(threads)
+
+    set_seed(s["seed"])
+    model = build(s).to(device)
+    teacher = loca.make_teacher(model) if model.head else None
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type in ("cuda", "cpu"))
+    net = torch.compile(model) if s["compile"] else model
+    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    views = to_views(batch, s)
+    parts = defaultdict(list)
+
+    def part(name, function):
+        begin = time.perf_counter()
+        result = function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        parts[name].append(time.perf_counter() - begin)
+        return result
+
+    def forward():
+        with autocast(s["precision"], device):
+            return net(views, teacher)["loss"]
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        if teacher is not None:
+            loca.update_teacher(teacher, model, 0.99)
+
+    def step():
+        loss = part("forward", forward)
+        part("backward", loss.backward)
+        part("optimiser and teacher", update)
+
+    def teacher_forward():
+        with torch.no_grad(), autocast(s["precision"], device):
+            loca.sinkhorn(
+                (teacher.head(teacher.encoder(views["reference"])) @ teacher.head.prototypes.weight.T)
+                .flatten(0, 1)
+                .float()
+            )
+
+    with FlopCounterMode(display=False) as counter:
+        forward().backward()
+    parts.clear()
+    seconds = clock(step, device, 12.0)
+    memory = peak_memory(device)
+    teaching = clock(teacher_forward, device, 1.0) if teacher is not None else 0.0
+    a = torch.randn(
+        2048, 2048, device=device, dtype=torch.bfloat16 if s["precision"] == "bf16" else torch.float32
+    )
+    rate = 2 * 2048**3 / clock(lambda: a @ a, device, 1.0, 5)  # of this machine, operations per second
+    flops = counter.get_total_flops()
+    whole = sum(np.median(times[1:]) for times in parts.values())
+    shares = {name: np.median(times[1:]) / whole for name, times in parts.items()}
+    shares = {
+        "teacher forward": teaching / whole,
+        "student forward": shares.pop("forward") - teaching / whole,
+        **shares,
+    }
+    limit, feeding = count / seconds, s["workers"] / (cropping + colouring * (device.type == "cpu"))
+    needed = math.ceil(limit * cropping + 1e-9)
+    rows = [
+        ("decode and crops, one core", f"{1 / cropping:.0f} images/s"),
+        ("colours, one core", f"{1 / colouring:.0f} images/s"),
+        ("both, one core", f"{1 / (cropping + colouring):.0f} images/s"),
+        (f"training step, batch {count}, {s['precision']}, {device.type}", f"{limit:.2f} images/s"),
+        ("matrix products in a step", f"{flops / count / 1e9:.0f} GFLOP an image"),
+        ("rate of this machine, product of 2048 x 2048", f"{rate / 1e9:.0f} GFLOP/s"),
+        ("share of that rate that the step reaches (MFU)", f"{flops / seconds / rate:.0%}"),
+        *((f"  {name}", f"{share:.0%} of the step") for name, share in shares.items()),
+        ("peak memory", f"{memory:.2f} GiB"),
+        (
+            "workers that feed one device",
+            f"{needed} (there are {s['workers']}: the {'step' if feeding > limit else 'data'} limits)",
+        ),
+    ]
+    for name, value in rows:
+        processes.say(f"{name:<52} {value}")
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 SCENES_PRESET = {
@@ -1394,6 +1508,9 @@ def make_parser():
         "--keep", type=int, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: the last alone"
     )
     run.add_argument(
+        "--bench", action=yes_no, default=False, help="measure input pipeline and step, then stop"
+    )
+    run.add_argument(
         "--tensorboard",
         action=yes_no,
         default=False,
@@ -1489,7 +1606,7 @@ def main(arguments=None):
             s["workers"] = max(
                 1, min(12, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             )
-        return pretrain(s, processes)
+        return bench(s, processes) if s["bench"] else pretrain(s, processes)
     except Problem as problem:
         print(f"train.py: {problem}", file=sys.stderr, flush=True)
         return 2

@@ -320,10 +320,11 @@ class LOCA(nn.Module):
         position_accuracy (0..1), its part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and
         target_entropy (0..ln P), which show a collapse.
         """
-        queries, context, targets, clusters = self.encode(views, teacher, visible, keep)
+        queries, context, targets, reference = self.encode(views, teacher, visible, keep)
         position, accuracy = position_loss(self.predictor(queries, context), targets)
         feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
-        if clusters is not None:
+        if reference is not None:
+            clusters = self.assign_clusters(reference, teacher)
             feature, cross_entropy, perplexity = feature_loss(
                 self.head(queries),
                 self.head.normalised_prototypes(),
@@ -344,7 +345,7 @@ class LOCA(nn.Module):
 
     def encode(self, views, teacher=None, visible=None, keep=None):
         """Tokens that the losses compare, arguments as in forward -> query tokens [B, T, D], the reference tokens they
-        see [B, K, D], their targets [B, T], and the reference's clusters [B, N, P] or None without a teacher."""
+        see [B, K, D], their targets [B, T], and the teacher's reference tokens [B, N, D] or None without a teacher."""
         reference = views["reference"]
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
@@ -363,9 +364,13 @@ class LOCA(nn.Module):
             return queries, self.encoder(reference, keep=visible), targets, None
         with torch.no_grad():
             tokens = teacher.encoder(reference)  # B,N,D
-            codes = teacher.head(tokens) @ teacher.head.normalised_prototypes().T  # B,N,P
-            clusters = sinkhorn(codes.flatten(0, 1).float(), self.teacher_temperature)  # BN,P
-        return queries, take(tokens, visible), targets, clusters.unflatten(0, tokens.shape[:2])
+        return queries, take(tokens, visible), targets, tokens
+
+    @torch.no_grad()
+    def assign_clusters(self, tokens, teacher):
+        """The feature loss's targets: the teacher's reference tokens [B, N, D] -> clusters [B, N, P]."""
+        codes = teacher.head(tokens) @ teacher.head.normalised_prototypes().T  # B,N,P
+        return sinkhorn(codes.flatten(0, 1).float(), self.teacher_temperature).unflatten(0, tokens.shape[:2])
 
     def _encode_queries(self, views, keep, position):
         """All query tokens of an image side by side, [B, T, D]: the random query's, then each focal query's."""

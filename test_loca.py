@@ -1,7 +1,13 @@
 """Tests: against recordings of the released code, slow plain versions, and invariants. No network, no GPU."""
 
+import hashlib
+import itertools
+import json
 import math
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
 
 import loca
 import train
@@ -707,3 +715,718 @@ def test_weights_that_do_not_fit(tmp_path):
     for name in ("evil.pth", "other.pth", "cut.pth"):
         with pytest.raises(ValueError, match=name):
             loca.load_weights(tmp_path / name)
+
+
+# -------------------------------------------------------------------------------------- images, scenes
+
+
+def gradient(height=40, width=60):
+    """An image that says where each pixel is: red its row, green its column, blue flat."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 4, columns * 4, np.full_like(rows, 90)], -1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with every kind of image that users have, at several depths."""
+    root = tmp_path_factory.mktemp("photos")
+    plain = Image.fromarray(gradient())
+    (root / "a" / "deep er").mkdir(parents=True)
+    plain.save(root / "plain.png")
+    plain.save(root / "a" / "photo.JPG", quality=95)
+    plain.convert("L").save(root / "a" / "grey.jpeg", quality=95)
+    plain.convert("CMYK").save(root / "a" / "cmyk.jpg", quality=95)
+    plain.save(root / "a" / "deep er" / "new\nline ü.bmp")
+    plain.quantize(64).save(root / "palette.png")
+    clear = plain.quantize(64)
+    clear.save(root / "palette_clear.png", transparency=0)
+    Image.fromarray(gradient()[..., 0].astype(np.uint16) * 257).save(root / "sixteen.png")
+    Image.fromarray(gradient()[..., 0].astype(np.float32) / 160).save(root / "float.tif")
+    plain.convert("RGBA").save(root / "alpha.webp", lossless=True)
+    plain.save(
+        root / "moving.webp", save_all=True, append_images=[plain.transpose(Image.ROTATE_180)], lossless=True
+    )
+    turned = plain.transpose(Image.ROTATE_90)  # the camera held sideways, and says so
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(root / "exif.jpg", quality=95, exif=exif)
+    turned.save(root / "exif.png", exif=exif)
+    Image.fromarray(gradient()[:1, :1]).save(root / "one.png")
+    Image.fromarray(np.tile(gradient(3, 60), (1, 34, 1))).save(root / "thin.png")
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_every_kind_of_image_comes_out_upright_and_rgb(photos):
+    files = train.find_images(photos)
+    assert len(files) == 15 and "notes.txt" not in [files[i] for i in range(15)]
+    for i in range(len(files)):
+        image = train.read_image(photos / files[i])
+        assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3
+        name = os.path.basename(files[i])
+        if name in ("one.png", "thin.png"):
+            continue
+        assert image.shape == (3, 40, 60), name
+        expected = torch.from_numpy(gradient()).permute(2, 0, 1).float()
+        if name in ("sixteen.png", "float.tif"):
+            expected = expected[:1].expand(3, -1, -1) * (1 if name == "sixteen.png" else 255 / 156)
+        if name == "grey.jpeg":
+            expected = (0.299 * expected[0] + 0.587 * expected[1] + 0.114 * expected[2]).expand(3, -1, -1)
+        error = (image.float() - expected).abs().mean()
+        assert error < (
+            6 if "cmyk" in name or "palette" in name or "exif.jpg" == name or "photo" in name else 2.5
+        ), (name, error)
+
+
+def test_list_of_images(photos, tmp_path):
+    names = [os.path.relpath(p, photos) for p in photos.rglob("*") if p.suffix.lower() in train.EXTENSIONS]
+    files = train.find_images(photos, tmp_path / "list.npz")
+    assert sorted(files[i] for i in range(len(files))) == sorted(names)
+    again = train.find_images(photos / "not asked", tmp_path / "list.npz")  # the kept list is enough
+    assert [again[i] for i in range(len(again))] == [files[i] for i in range(len(files))]
+    assert [files.select([3, 1])[i] for i in range(2)] == [files[3], files[1]]
+    odd = tmp_path / "odd"
+    (odd / "loop").mkdir(parents=True)
+    os.symlink(odd, odd / "loop" / "back")
+    os.symlink(odd / "nowhere.png", odd / "broken.png")
+    with open(os.fsencode(odd) + b"/\xff\xfe.png", "wb") as file:
+        Image.fromarray(gradient()).save(file, "png")
+    found = train.find_images(odd)
+    assert len(found) == 2
+    folder = train.Folder(str(odd), found)
+    sizes = [train.Views(folder, {}).image(i)[0].shape for i in range(2)]
+    assert sizes == [(3, 40, 60)] * 2
+    for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path / "odd" / "loop", "no images")):
+        if folder.name == "loop":
+            (odd / "loop" / "back").unlink()
+        with pytest.raises(train.Problem, match=said):
+            train.find_images(folder)
+
+
+def test_scenes_are_the_same_everywhere():
+    images, labels = zip(*(train.draw_scene(i) for i in range(40)))
+    assert images[0].shape == (192, 256, 3) and labels[0].shape == (192, 256)
+    seen = np.bincount(np.stack(labels).ravel(), minlength=len(train.SCENE_CLASSES))
+    assert len(seen) == 10 and (seen > 0).all()
+    assert len({hashlib.sha256(x.tobytes()).hexdigest() for x in images}) == 40
+    again = train.draw_scene(7)
+    assert np.array_equal(again[0], images[7]) and np.array_equal(again[1], labels[7])
+    digest = hashlib.sha256(np.stack(labels).tobytes()).hexdigest()
+    assert digest == "136ef67cc1c819aaca01ce715184299177399a968dd84227f1c252c8296b3ee5"
+
+
+# ------------------------------------------------------------------------------------- views, colours
+
+
+def view_settings(**changes):
+    settings = {"image_size": 32, "focal_size": 16, "patch_size": 8, "focal": 3, "seed": 0, "blur": False}
+    return {**settings, "large_area": (0.32, 1.0), "focal_area": (0.05, 0.32), **changes}
+
+
+def test_views_show_what_their_boxes_say(photos):
+    files = train.find_images(photos)
+    dataset = train.Views(train.Folder(str(photos), files), view_settings())
+    for i in range(len(files)):
+        item = dataset[0, i]
+        image, _ = dataset.image(i)
+        assert item["reference"].shape == (3, 32, 32) and item["focal"].shape == (3, 3, 16, 16)
+        views = [item["reference"], item["query"], *item["focal"]]
+        assert not item["flips"][0]
+        for view, box, flip in zip(views, item["boxes"].tolist(), item["flips"]):
+            top, left, height, width = box
+            assert (
+                0 <= top and top + height <= image.shape[1] and 0 <= left and left + width <= image.shape[2]
+            )
+            size = list(view.shape[-2:])
+            expected = v2.functional.resized_crop(
+                image, *box, size, v2.InterpolationMode.BILINEAR, antialias=True
+            )
+            expected = expected.flip(-1) if flip else expected
+            assert (view.int() - expected.int()).abs().max() <= 1
+    one, other = dataset[0, 3], dataset[1, 3]
+    assert all(torch.equal(one[k], dataset[0, 3][k]) for k in ("reference", "focal", "boxes", "flips"))
+    assert not torch.equal(one["boxes"], other["boxes"])  # another epoch, other crops
+    assert (
+        dataset[0, 0]["focal"].shape
+        == train.Views(dataset.source, view_settings(focal=3))[0, 0]["focal"].shape
+    )
+    assert train.Views(dataset.source, view_settings(focal=0))[0, 0]["focal"].shape == (0, 3, 16, 16)
+
+
+def test_boxes_have_the_area_and_aspect_they_should():
+    rng = np.random.default_rng(0)
+    boxes = np.array([train.random_box(300, 500, (0.05, 0.32), rng) for _ in range(2000)])
+    areas, aspects = boxes[:, 2] * boxes[:, 3] / 150000, boxes[:, 3] / boxes[:, 2]
+    assert 0.049 < areas.min() < 0.06 and 0.31 < areas.max() < 0.325
+    assert 0.74 < aspects.min() < 0.77 and 1.31 < aspects.max() < 1.35
+    assert train.random_box(3, 20000, (0.9, 1.0), rng) == (0, 0, 3, 20000)
+
+
+def test_order_covers_each_epoch_once_and_is_shared_out():
+    whole = list(train.Order(50, 12, seed=3, first=0, last=8))
+    assert all(len(batch) == 12 for batch in whole) and len(whole) == 8
+    for epoch in range(2):
+        keys = [key for batch in whole[4 * epoch : 4 * epoch + 4] for key in batch]
+        assert {e for e, _ in keys} == {epoch} and len({n for _, n in keys}) == 48
+    assert [n for _, n in whole[0]] != [n for _, n in whole[4]]
+    assert list(train.Order(50, 12, 3, 5, 8)) == whole[5:]  # resumed in the middle of an epoch
+    shares = [list(train.Order(50, 12, 3, 0, 8, rank, 2, accumulate=3)) for rank in range(2)]
+    assert len(shares[0]) == len(train.Order(50, 12, 3, 0, 8, 0, 2, accumulate=3)) == 24
+    for step in range(8):
+        parts = [key for share in shares for micro in share[3 * step : 3 * step + 3] for key in micro]
+        assert sorted(parts) == sorted(whole[step])
+
+
+def test_jitter_is_four_operations_in_an_order_of_each_views_own(monkeypatch):
+    """Undo the drawing: find each operation among the matrices, apply them one by one to single views."""
+    torch.manual_seed(0)
+    matrix, shift, of_mean = train.draw_jitter(400, torch.device("cpu"))
+    eye = torch.eye(3)
+    still = (matrix == eye).all(-1).all(-1).all(-1) & (shift == 0).flatten(1).all(1)
+    assert 0.1 < still.float().mean() < 0.3  # one view in five
+    kinds = []
+    for v in (~still).nonzero().flatten().tolist():
+        order = []
+        for k in range(4):
+            m, b, c = matrix[v, k], float(shift[v, k, 0]), float(of_mean[v, k])
+            if b != 0:
+                assert torch.equal(m, eye) and abs(b) <= 0.4 and c == 0
+                order.append("brightness")
+            elif c != 0:
+                factor = float(m[0, 0])
+                assert 0.6 <= factor <= 1.4 and c == pytest.approx(1 - factor)
+                order.append("contrast")
+            else:
+                torch.testing.assert_close(m.sum(1), torch.ones(3), atol=2e-3, rtol=0)  # grey stays grey
+                luma = torch.tensor([0.299, 0.587, 0.114])
+                torch.testing.assert_close(luma @ m, luma, atol=5e-3, rtol=0)  # brightness stays
+                order.append("saturation" if torch.linalg.eigvals(m).imag.abs().max() < 1e-4 else "hue")
+        kinds.append(tuple(order))
+    assert all(sorted(k) == ["brightness", "contrast", "hue", "saturation"] for k in kinds)
+    assert len(set(kinds)) == 24
+
+
+def test_colours_of_a_batch_equal_those_of_single_views(monkeypatch):
+    torch.manual_seed(0)
+    views = torch.randint(0, 256, (6, 3, 20, 20), dtype=torch.uint8)
+    drawn = train.draw_jitter(6, torch.device("cpu"))
+    monkeypatch.setattr(train, "draw_jitter", lambda count, device: drawn)
+    monkeypatch.setattr(torch, "rand", lambda *size, device=None: torch.full(size, 0.9))  # no greyscale
+    result = train.colours(views)
+    for v in range(6):
+        x = views[v] / 255
+        for k in range(4):
+            m, b, c = (p[v, k] for p in drawn)
+            mean = x.mean((1, 2))
+            x = (torch.einsum("ij,jhw->ihw", m, x) + b[:, :, None] + (c[0, 0] * mean)[:, None, None]).clamp(
+                0, 1
+            )
+        expected = v2.functional.normalize(x, train.MEAN, train.STD)
+        torch.testing.assert_close(result[v], expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(train, "draw_jitter", lambda n, device: train_still(n))
+    plain = train.plain_colours(views)
+    torch.testing.assert_close(train.colours(views), plain, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, device=None: torch.zeros(size)
+    )  # all greyscale, all solarised
+    grey = 0.2989 * views[:, 0] / 255 + 0.587 * views[:, 1] / 255 + 0.114 * views[:, 2] / 255
+    solar = torch.where(grey >= 0.5, 1 - grey, grey)[:, None].expand(-1, 3, -1, -1)
+    expected = v2.functional.normalize(solar, train.MEAN, train.STD)
+    torch.testing.assert_close(train.colours(views, solarize=0.2), expected, atol=1e-5, rtol=1e-5)
+
+
+def train_still(count):
+    """Jitter that changes nothing."""
+    return torch.eye(3).expand(count, 4, 3, 3), torch.zeros(count, 4, 3, 1), torch.zeros(count, 4, 1, 1)
+
+
+def test_colours_in_parts(monkeypatch):
+    """Views that exceed the cache are coloured in parts, each with parameters of its own."""
+    torch.manual_seed(0)
+    views = torch.full((40, 3, 128, 128), 128, dtype=torch.uint8)
+    result = train.colours(views)
+    assert result.shape == views.shape and len(result[:, :, 0, 0].unique(dim=0)) > 25
+
+
+def test_blur_is_gaussian():
+    torch.manual_seed(0)
+    x = torch.rand(8, 3, 60, 60)
+    torch.manual_seed(1)
+    blurred = train.blur(x, 1.0)
+    torch.manual_seed(1)
+    sigmas = torch.empty(8, 1).uniform_(0.1, 2.0)
+    for v in range(8):
+        torch.testing.assert_close(
+            blurred[v],
+            v2.functional.gaussian_blur(x[v], [7, 7], [float(sigmas[v])] * 2),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    assert torch.equal(train.blur(x, 0.0), x)
+
+
+def test_targets_follow_the_pixels():
+    """Views of an image that says where each pixel is: matched patches show the same place."""
+    image = torch.from_numpy(gradient(60, 60)).permute(2, 0, 1)
+
+    class Source:
+        def __len__(self):
+            return 1
+
+        def image(self, i):
+            return image
+
+    s = view_settings(image_size=64, focal_size=32, focal=4)
+    dataset = train.Views(Source(), s)
+    batch = torch.utils.data.default_collate([dataset[e, 0] for e in range(16)])
+    views = train.to_views(batch, s, augment=False)
+    patches = lambda x: F.avg_pool2d(x[..., :2, :, :].flatten(0, -4).float(), 8)
+    places = patches(views["reference"]).flatten(2)  # B,2,N
+    for name in ("query", "focal"):
+        images, targets = views[name], views[f"{name}_targets"]
+        if name == "query":
+            images, targets = images[:, None], targets[:, None]
+        shown = patches(images).flatten(2).unflatten(0, images.shape[:2])  # B,F,2,n
+        matched = places.gather(2, targets.clamp(min=0).flatten(1)[:, None].expand(-1, 2, -1))
+        distance = (shown.transpose(1, 2).flatten(2) - matched).norm(dim=1)[targets.flatten(1) >= 0]
+        size = 1 / 0.229 * 4 * 60 / 8 / 255  # a reference patch, in the picture's values
+        assert (
+            len(distance) > 50
+            and float(distance.median()) < 0.6 * size
+            and float(distance.max()) < 1.6 * size
+        )
+
+
+# ----------------------------------------------------------------------------------------- schedules
+
+
+def test_schedules_and_groups():
+    rates = [train.learning_rate(i, 100, 10, 0.5) for i in range(100)]
+    assert (
+        rates[0] == 0
+        and rates[5] == pytest.approx(0.25)
+        and rates[10] == 0.5
+        and rates[-1] == pytest.approx(0.005)
+    )
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert train.teacher_momentum(0, 100, 0.996) == pytest.approx(0.996)
+    assert train.teacher_momentum(50, 100, 0.996) == pytest.approx(0.998)
+    assert train.teacher_momentum(100, 100, 0.996) == 1
+    decayed, free = train.parameter_groups(tiny(), 0.1)
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+SMALL = [
+    "--scenes",
+    "12",
+    "--val-images",
+    "4",
+    "--batch",
+    "4",
+    "--epochs",
+    "2",
+    "--image-size",
+    "32",
+    "--focal-size",
+    "16",
+    "--focal",
+    "2",
+    "--patch-size",
+    "8",
+    "--dim",
+    "16",
+    "--depth",
+    "1",
+    "--heads",
+    "2",
+    "--mlp-dim",
+    "16",
+    "--prototypes",
+    "8",
+    "--head-hidden",
+    "8",
+    "--bottleneck",
+    "4",
+    "--precision",
+    "float32",
+    "--device",
+    "cpu",
+    "--workers",
+    "0",
+    "--log-every",
+    "2",
+]
+TIMES = ("images_per_second", "waiting", "memory_gib")
+
+
+def run_train(out, *flags, processes=1, **options):
+    """Run train.py as users do -> the finished process."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port",
+            str(free_port()),
+        ]
+    command = [*launch, str(HERE / "train.py"), *SMALL, "--out", str(out), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+
+
+def metrics(out):
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def weights(out, name="last.pt"):
+    saved = torch.load(Path(out) / name, weights_only=True)
+    return {**saved["model"], **{f"teacher.{k}": v for k, v in saved.get("teacher", {}).items()}}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_run_folder(whole_run):
+    names = {p.name for p in whole_run.iterdir()}
+    assert names == {"settings.json", "metrics.jsonl", "last.pt", "encoder.pt", "predictions.png"}
+    settings = json.loads((whole_run / "settings.json").read_text())
+    assert settings["mean"] == list(train.MEAN) and settings["dim"] == 16
+    saved = torch.load(whole_run / "last.pt", weights_only=True)
+    assert saved["settings"] == settings and saved["step"] == 6
+    model = train.build(saved["settings"])  # without flags
+    model.load_state_dict(saved["model"])
+    encoder = torch.load(whole_run / "encoder.pt", weights_only=True)
+    assert equal(encoder, {k[8:]: v for k, v in saved["teacher"].items() if k.startswith("encoder.")})
+    assert "tensors loaded" in loca.load_encoder(model.encoder, loca.load_weights(whole_run / "encoder.pt"))
+    assert "tensors loaded" in loca.load_encoder(
+        model.encoder, loca.load_weights(whole_run / "last.pt", "teacher")
+    )
+    records = metrics(whole_run)
+    assert [r["step"] for r in records if "loss" in r] == [2, 3, 4, 6]
+    assert [r["step"] for r in records if "val_position_accuracy" in r] == [3, 6]
+    with Image.open(whole_run / "predictions.png") as picture:
+        assert picture.size[0] > 800 and len(set(picture.convert("RGB").resize((60, 30)).getdata())) > 100
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_equals_one_that_was_never_stopped(whole_run, tmp_path, stop, monkeypatch):
+    """Stopped by a signal in the middle of an epoch and of a log window; goes on with the same command."""
+    after_step = train.Run.after_step
+
+    def interrupt(self, done, window):
+        if done == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after_step(self, done, window)
+
+    monkeypatch.setattr(train.Run, "after_step", interrupt)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == train.REQUEUE
+    monkeypatch.undo()
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
+        signal.signal(number, handler)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == stop
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert metrics(tmp_path) == metrics(whole_run)
+    assert equal(weights(tmp_path), weights(whole_run))
+
+
+def test_killed_while_it_runs(whole_run, tmp_path):
+    """SIGKILL at any moment: the next start goes on from the last whole checkpoint and ends with the same weights."""
+    command = [sys.executable, str(HERE / "train.py"), *SMALL, "--save-minutes", "0", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.kill()
+            break
+    process.wait()
+    done = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert done in (2, 3, 4)
+    result = run_train(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"at step {done}" in result.stdout and metrics(tmp_path) == metrics(whole_run)
+    assert equal(weights(tmp_path), weights(whole_run))
+
+
+def test_two_processes_and_another_number_of_them(tmp_path):
+    result = run_train(tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "2 processes on cpu" in result.stdout
+        and "2 images per device x 2 x 1 accumulated = batch 4" in result.stdout
+    )
+    first = metrics(tmp_path)
+    assert all(r["gradient_norm"] > 0 for r in first if "loss" in r)
+    again = run_train(tmp_path)  # a finished run: says so and ends
+    assert again.returncode == 0 and "resuming with --world 1, before it was 2" in again.stdout
+    assert metrics(tmp_path) == first
+
+
+def test_accumulation_and_options_run(tmp_path, photos):
+    """Every option that a run can have, in two runs; the teacher, schedule and clipping go once per step."""
+    flags = [
+        "--accumulate",
+        "2",
+        "--compile",
+        "--grad-checkpoint",
+        "--blur",
+        "--keep",
+        "1",
+        "--clip",
+        "0",
+        "--tensorboard",
+        "--masking",
+        "unstructured",
+    ]
+    flags += [
+        "--query-tokens",
+        "3",
+        "--masking-ratio",
+        "0.5",
+        "--student-temperature",
+        "0.2",
+        "--teacher-temperature",
+        "0.1",
+        "--seed",
+        "5",
+    ]
+    flags += [
+        "--model",
+        "Ti/16",
+        "--weight-decay",
+        "0.2",
+        "--momentum",
+        "0.9",
+        "--lr",
+        "0.01",
+        "--warmup-epochs",
+        "1",
+        "--drop-path",
+        "0.2",
+    ]
+    flags += f"--data {photos} --val {photos} --cache-list {tmp_path / 'list.npz'} --large-area 0.5 1".split()
+    flags += [
+        "--focal-area",
+        "0.1",
+        "0.3",
+        "--save-minutes",
+        "5",
+        "--position-weight",
+        "0.5",
+        "--feature-weight",
+        "2",
+    ]
+    pytest.importorskip("tensorboard")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda model: torch._dynamo.optimize("eager")(model))
+        assert train.main([*SMALL, "--out", str(tmp_path / "run"), *flags]) == 0
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"epoch_0001.pt", "epoch_0002.pt", "last.pt"} <= names and any("tfevents" in n for n in names)
+    assert [r["step"] for r in metrics(tmp_path / "run") if "loss" in r] == [2, 3, 4, 6]
+    assert (tmp_path / "list.npz").exists()
+    for flags in (
+        ["--feature-weight", "0"],
+        ["--single-image", "--masking", "first"],
+        ["--steps", "1", "--focal", "0"],
+    ):
+        out = tmp_path / "".join(flags).replace("/", "")
+        assert train.main([*SMALL, "--out", str(out), *flags]) == 0
+        assert ("teacher" in torch.load(out / "last.pt", weights_only=True)) == (flags[0] == "--steps")
+
+
+def test_gradients_of_accumulated_micro_batches():
+    """Half the loss of each of two micro-batches: their mean gradient (position loss, which does not couple images)."""
+    model, views = tiny(prototypes=0, drop_path=0.0), tiny_views(4)
+    views["query_targets"][:], views["focal_targets"][:] = 3, 5  # the same number of targets in each half
+    chosen = {"visible": torch.arange(3), "keep": torch.arange(5)}
+    model(views, **chosen)["loss"].backward()
+    whole = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for half in (slice(0, 2), slice(2, 4)):
+        (model({k: v[half] for k, v in views.items()}, **chosen)["loss"] / 2).backward()
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, whole)
+
+
+def test_grad_checkpoint_changes_no_gradient():
+    views, gradients = tiny_views(), []
+    for checkpointed in (False, True):
+        model = tiny(prototypes=0)
+        model.encoder.grad_checkpoint = checkpointed
+        torch.manual_seed(7)
+        model(views)["loss"].backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nan_stops_all_processes_at_its_step(tmp_path, processes):
+    """NaN put into the last process's loss at step 3."""
+    poison = tmp_path / "poison.py"
+    poison.write_text(
+        "import sys, runpy, torch, loca\n"
+        "forward, calls = loca.LOCA.forward, [0]\n"
+        "def bad(self, *args, **kwargs):\n"
+        "    losses = forward(self, *args, **kwargs)\n"
+        "    if self.training:\n"
+        "        calls[0] += 1\n"
+        f"        import os; last = int(os.environ.get('RANK', '0')) == {processes - 1}\n"
+        "        if calls[0] == 4 and last: losses['loss'] = losses['loss'] * float('nan')\n"
+        "    return losses\n"
+        "loca.LOCA.forward = bad\n"
+        "import train; sys.exit(train.main())\n"
+    )
+    launch = [sys.executable]
+    if processes > 1:
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port",
+            str(free_port()),
+        ]
+    command = [*launch, str(poison), *SMALL, "--save-minutes", "0", "--out", str(tmp_path / "run")]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("train.py: step 3: the loss or its gradient is not finite") == processes, (
+        result.stderr
+    )
+    assert "position_loss" in result.stderr
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_unreadable_images(photos, tmp_path, capfd):
+    """One bad file is replaced and named once; many stop the run."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(24):
+        Image.fromarray(gradient()).save(folder / f"{i:02d}.png")
+    (folder / "05.png").write_bytes(b"")
+    run = [*SMALL, "--data", str(folder), "--val-images", "0"]
+    assert train.main([*run, "--out", str(tmp_path / "one")]) == 0
+    assert capfd.readouterr().err.count("05.png") == 1
+    for i in range(8, 12):
+        (folder / f"{i:02d}.png").write_bytes((folder / "00.png").read_bytes()[:60])
+    assert train.main([*run, "--out", str(tmp_path / "many")]) == 2
+    assert "over 5 %" in capfd.readouterr().err
+    for path in folder.iterdir():
+        path.write_text("text")
+    assert train.main([*run, "--out", str(tmp_path / "all")]) == 2
+    assert "in a row cannot be read" in capfd.readouterr().err
+
+
+def test_damaged_images_never_break_a_view(photos, tmp_path):
+    """A thousand files with bytes flipped or cut: every view has its shape, whatever the decoders say."""
+    r = np.random.RandomState(0)
+    sources = [p.read_bytes() for p in sorted(photos.rglob("*")) if p.suffix.lower() in train.EXTENSIONS]
+    Image.fromarray(gradient()).save(tmp_path / "0000.png")
+    for i in range(1, 1001):
+        data = bytearray(sources[i % len(sources)])
+        if i % 3 == 0:
+            del data[r.randint(len(data)) :]
+        for _ in range(r.randint(1, 20)):
+            if data:
+                data[r.randint(len(data))] = r.randint(256)
+        (tmp_path / f"{i:04d}.jpg").write_bytes(data)
+    dataset = train.Views(train.Folder(str(tmp_path), train.find_images(tmp_path)), view_settings())
+    broken = 0
+    for i in range(len(dataset)):
+        item = dataset[0, i]
+        assert item["reference"].shape == (3, 32, 32) and item["focal"].shape == (3, 3, 16, 16)
+        broken += item["unreadable"] != ""
+    assert 300 < broken < 1000
+
+
+def test_checkpoints_are_never_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save_file(path, {"step": 1})
+
+    def full(*args, **kwargs):
+        args[1].write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(train.Problem, match="No space left"):
+        train.save_file(path, {"step": 2})
+    monkeypatch.undo()
+    assert train.load_file(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(train.Problem, match="cannot read the checkpoint"):
+        train.load_file(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--image-size 100", "--image-size 100 is not a multiple of the patch, 8: try 96"),
+        ("--focal-size 20", "--focal-size 20"),
+        ("--heads 5", "5 heads do not divide the width 16"),
+        ("--masking-ratio 1.2", "masking ratio is 1.2"),
+        ("--query-tokens 17", "17 query tokens cannot be drawn from the view's 16"),
+        ("--batch 5 --accumulate 2", "--batch 5 is not a multiple"),
+        ("--batch 13", "12 images are fewer than one batch"),
+        ("--data nowhere", "there is no such folder"),
+        ("--prototypes 0", "--feature-weight 0"),
+        ("--position-weight 0 --feature-weight 0", "nothing is left"),
+        ("--large-area 0.5 0.2", "--large-area 0.5 0.2"),
+        ("--momentum 1.5", "--momentum 1.5"),
+        ("--drop-path 1", "--drop-path 1"),
+        ("--epochs 0", "--epochs 0"),
+        ("--steps 0", "--steps 0"),
+        ("--focal -1", "--focal -1"),
+        ("--device cuda:99", "--device cuda:99"),
+    ],
+)
+def test_impossible_arguments(flags, said, tmp_path, capsys):
+    assert train.main([*SMALL, "--out", str(tmp_path), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and said in error and error.count("\n") == 1
+
+
+def test_a_folder_of_another_run_is_refused(whole_run, capsys):
+    assert train.main([*SMALL, "--out", str(whole_run), "--dim", "32"]) == 2
+    error = capsys.readouterr().err
+    assert "--dim 16, not 32" in error and error.count("\n") == 1
+
+
+def test_collapse_figures():
+    spread, rank = train.feature_spread(torch.ones(50, 8) + 1e-6 * torch.randn(50, 8))
+    assert spread < 1e-4
+    torch.manual_seed(0)
+    spread, rank = train.feature_spread(torch.randn(4000, 8))
+    assert spread == pytest.approx(1, abs=0.02) and rank == pytest.approx(8, abs=0.1)
+    assert train.feature_spread(torch.randn(4000, 2) @ torch.randn(2, 8))[1] < 2.01
+
+
+def test_bench(photos, capsys):
+    assert train.main([*SMALL, "--bench", "--data", str(photos)]) == 0
+    said = capsys.readouterr().out
+    for words in ("decode and crops", "colours", "training step", "MFU", "peak memory", "limits"):
+        assert words in said
+
+
+def test_the_command_line_names_every_flag_once():
+    text = train.make_parser().format_help()
+    settings = train.read_settings([*SMALL], 1)
+    assert all(
+        f"--{name.replace('_', '-')}" in text for name in settings if name not in ("world", "mean", "std")
+    )
+    assert train.read_settings(["--data", "x"], 1)["batch"] == 1024  # the released recipe

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,7 +101,11 @@ def read_image(path):
     """Decode any image file as upright RGB: uint8 [3, H, W]. Raises whatever Pillow or the file system raises."""
     with open(path, "rb") as file:
         data = file.read()
-    with Image.open(io.BytesIO(data)) as image:  # reads the header alone, and refuses decompression bombs
+    try:
+        image = Image.open(io.BytesIO(data))  # reads the header alone, and refuses decompression bombs
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image, or damaged") from error
+    with image:
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_image(buffer, ImageReadMode.RGB, apply_exif_orientation=True)

@@ -1,11 +1,12 @@
 """LOCA: Location-Aware Self-Supervised Transformers for Semantic Segmentation (arXiv 2212.02400), in PyTorch.
 
-From one image come a reference view and several query views. Every query patch says which reference patch shows
-the same content (position loss) and which cluster a slowly moving teacher puts that patch in (feature loss).
-This file is the whole method and needs torch alone; read it from top to bottom.
+From one image come a reference view and several query views. Every query patch says which reference patch
+shows the same content (position loss) and which cluster a slowly moving teacher puts that patch in (feature
+loss). This file is the whole method and needs torch alone; read it from top to bottom.
 
-Shape letters: B images, F focal queries, N reference tokens, K kept or visible tokens, T query tokens of an image,
-D width, E bottleneck, P prototypes. A target is the index of a reference token in raster order; -1 means none.
+Shape letters: B images, F focal queries, N reference tokens, K kept or visible tokens, T query tokens of an
+image, D width, E bottleneck, P prototypes. A target is the index of a reference token in raster order; -1
+means none.
 """
 
 import copy
@@ -52,7 +53,8 @@ def _init_linear(layer, scheme):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over [B, N, D]; `attend` [K] or [B, K] limits keys and values to some tokens."""
+    """Multi-head self-attention over [B, N, D]; `attend` [K] or [B, K] limits keys and values to some
+    tokens."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -202,7 +204,8 @@ class ViT(nn.Module):
 
 
 def resize_position_embedding(embedding, old, new):
-    """Resize [1, N, D] from grid `old` to grid `new`, both (rows, columns), by antialiased bilinear interpolation."""
+    """Resize [1, N, D] from grid `old` to grid `new`, both (rows, columns), by antialiased bilinear
+    interpolation."""
     if tuple(old) == tuple(new):
         return embedding
     grid = embedding.unflatten(1, old).permute(0, 3, 1, 2)  # 1,D,rows,columns
@@ -210,7 +213,8 @@ def resize_position_embedding(embedding, old, new):
 
 
 def vit(size="B/16", image_size=224, **changes):
-    """Build a ViT of a size named in SIZES; `changes` replace single settings. Raises ValueError for another name."""
+    """Build a ViT of a size named in SIZES; `changes` replace single settings. Raises ValueError for another
+    name."""
     if size not in SIZES:
         raise ValueError(f"no ViT size {size!r}; there are {', '.join(SIZES)}")
     return ViT(image_size, **{**SIZES[size], **changes})
@@ -220,7 +224,8 @@ def vit(size="B/16", image_size=224, **changes):
 
 
 class ProjectionHead(nn.Module):
-    """Tokens [..., D] -> unit vectors [..., E] in float32, to be compared with normalised prototypes [P, E]."""
+    """Tokens [..., D] -> unit vectors [..., E] in float32, to be compared with normalised prototypes [P,
+    E]."""
 
     def __init__(self, dim, hidden, bottleneck, prototypes):
         super().__init__()
@@ -244,7 +249,8 @@ class ProjectionHead(nn.Module):
 
 
 class PositionPredictor(nn.Module):
-    """Query tokens [B, T, D] and visible reference tokens [B, K, D] -> logits over N reference positions [B, T, N]."""
+    """Query tokens [B, T, D] and visible reference tokens [B, K, D] -> logits over N reference positions [B,
+    T, N]."""
 
     def __init__(self, dim, heads, mlp_dim, positions):
         super().__init__()
@@ -269,11 +275,12 @@ class PositionPredictor(nn.Module):
 class LOCA(nn.Module):
     """Encoder, projection head and position predictor, and the training loss of all three (paper section 3).
 
-    encoder: a ViT whose image_size is the reference's. prototypes: P; 0 leaves the projection head out, for the
-    position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries. masking: see
-    choose_tokens. query_tokens: tokens of the random query that are encoded; None: 5 of 14, as published.
-    single_image: no reference; a view without position embedding attends to a random share 1 - eta of its own
-    tokens and predicts its own positions (Zhai et al. 2022, the comparison in the paper's figures 2 and 3).
+    encoder: a ViT whose image_size is the reference's. prototypes: P; 0 leaves the projection head out, for
+    the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
+    masking: see choose_tokens. query_tokens: tokens of the random query that are encoded; None: 5 of 14, as
+    published. single_image: no reference; a view without position embedding attends to a random share 1 - eta
+    of its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in the paper's figures
+    2 and 3).
     """
 
     def __init__(
@@ -312,13 +319,13 @@ class LOCA(nn.Module):
         """One training step's loss.
 
         views: reference [B, 3, S, S], query [B, 3, S, S], query_targets [B, N], focal [B, F, 3, s, s],
-        focal_targets [B, F, n]; targets are reference positions, -1 = none.
-        teacher: from make_teacher. None trains with the position loss alone: the reference goes through the
-        student, its hidden tokens dropped before the encoder, and the queries get no position embedding.
-        visible [K] or [B, K]: reference tokens that the queries see; keep: tokens of the random query that are
-        encoded; both drawn when None. Returns a dict of scalars: loss, position_loss (ln N at chance), feature_loss,
-        position_accuracy (0..1), its part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and
-        target_entropy (0..ln P), which show a collapse.
+        focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher. None
+        trains with the position loss alone: the reference goes through the student, its hidden tokens dropped
+        before the encoder, and the queries get no position embedding. visible [K] or [B, K]: reference tokens
+        that the queries see; keep: tokens of the random query that are encoded; both drawn when None. Returns
+        a dict of scalars: loss, position_loss (ln N at chance), feature_loss, position_accuracy (0..1), its
+        part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and target_entropy (0..ln P),
+        which show a collapse.
         """
         queries, context, targets, reference = self.encode(views, teacher, visible, keep)
         position, accuracy = position_loss(self.predictor(queries, context), targets)
@@ -344,8 +351,9 @@ class LOCA(nn.Module):
         }
 
     def encode(self, views, teacher=None, visible=None, keep=None):
-        """Tokens that the losses compare, arguments as in forward -> query tokens [B, T, D], the reference tokens they
-        see [B, K, D], their targets [B, T], and the teacher's reference tokens [B, N, D] or None without a teacher."""
+        """Tokens that the losses compare, arguments as in forward -> query tokens [B, T, D], the reference
+        tokens they see [B, K, D], their targets [B, T], and the teacher's reference tokens [B, N, D] or None
+        without a teacher."""
         reference = views["reference"]
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
@@ -373,7 +381,8 @@ class LOCA(nn.Module):
         return sinkhorn(codes.flatten(0, 1).float(), self.teacher_temperature).unflatten(0, tokens.shape[:2])
 
     def _encode_queries(self, views, keep, position):
-        """All query tokens of an image side by side, [B, T, D]: the random query's, then each focal query's."""
+        """All query tokens of an image side by side, [B, T, D]: the random query's, then each focal
+        query's."""
         tokens = self.encoder(views["query"], keep=keep, position=position)  # B,K,D
         focal = views["focal"]
         if focal.shape[1] == 0:
@@ -386,12 +395,13 @@ class LOCA(nn.Module):
 
 
 def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
-    """Which reference patch shows what a query patch shows: the published three nearest-neighbour samplings, exact.
+    """Which reference patch shows what a query patch shows: the published three nearest-neighbour samplings,
+    exact.
 
-    reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], the query
-    was mirrored left-right. view: the query's side in pixels; grid, reference_grid: patches along a side.
-    Returns long [..., grid * grid], the reference position row * reference_grid + column, or -1 where the query
-    patch lies outside the reference. SPEC: released code; all steps in integers.
+    reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], the
+    query was mirrored left-right. view: the query's side in pixels; grid, reference_grid: patches along a
+    side. Returns long [..., grid * grid], the reference position row * reference_grid + column, or -1 where
+    the query patch lies outside the reference. SPEC: released code; all steps in integers.
     """
     pixel = (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)  # grid
 
@@ -413,15 +423,17 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
 
 
 def visible_count(total, masking_ratio):
-    """Tokens left visible of `total` at masking ratio eta in 0..1, at least one. Raises ValueError outside 0..1."""
+    """Tokens left visible of `total` at masking ratio eta in 0..1, at least one. Raises ValueError outside
+    0..1."""
     if not 0 <= masking_ratio < 1:
         raise ValueError(f"the masking ratio is {masking_ratio}; it is to lie in 0..1, below 1")
     return max(1, int((1 - masking_ratio) * total + 1e-6))  # the 1e-6 undoes (1 - 0.9) * 100 = 9.99...
 
 
 def choose_tokens(total, count, kind="consecutive", device=None):
-    """Indices [count] of tokens out of `total`: one random 'consecutive' run in raster order, the 'first' ones, or an
-    'unstructured' random subset. Drawn on `device` without the host waiting for it. Raises ValueError."""
+    """Indices [count] of tokens out of `total`: one random 'consecutive' run in raster order, the 'first'
+    ones, or an 'unstructured' random subset. Drawn on `device` without the host waiting for it. Raises
+    ValueError."""
     if not 0 < count <= total:
         raise ValueError(f"{count} tokens cannot be chosen out of {total}")
     if kind == "consecutive":
@@ -437,7 +449,8 @@ def choose_tokens(total, count, kind="consecutive", device=None):
 
 
 def position_loss(logits, targets):
-    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss, accuracy.
+    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss,
+    accuracy.
 
     Both are 0 for a batch without any target.
     """
@@ -449,10 +462,11 @@ def position_loss(logits, targets):
 
 @torch.no_grad()
 def sinkhorn(codes, temperature=0.05, rounds=3):
-    """Spread soft cluster assignments evenly over the prototypes: codes [M, P] float32 -> targets [M, P], rows sum to 1.
+    """Spread soft cluster assignments evenly over the prototypes: codes [M, P] float32 -> targets [M, P],
+    rows sum to 1.
 
-    Each round divides by the sum over all samples of all devices per prototype, then by the sum over prototypes per
-    sample (Caron et al. 2020; here after a softmax, as released).
+    Each round divides by the sum over all samples of all devices per prototype, then by the sum over
+    prototypes per sample (Caron et al. 2020; here after a softmax, as released).
     """
     targets = (codes / temperature).softmax(-1)
     tiny = torch.finfo(targets.dtype).tiny  # a prototype that no sample comes near stays at 0, not at 0/0
@@ -469,8 +483,8 @@ def feature_loss(features, prototypes, clusters, targets, temperature=0.1, chunk
 
     features [B, T, E] and prototypes [P, E] unit vectors, clusters [B, N, P] from sinkhorn, targets [B, T].
     The student's code is s = features @ prototypes.T / temperature. A row c of clusters sums to 1, so its
-    cross-entropy is logsumexp(s) - c @ s, and c @ s = features @ (c @ prototypes) / temperature: E numbers are
-    gathered per patch, not P. [T, P] arrays exist for `chunk` tokens at a time, in the backward pass too.
+    cross-entropy is logsumexp(s) - c @ s, and c @ s = features @ (c @ prototypes) / temperature: E numbers
+    are gathered per patch, not P. [T, P] arrays exist for `chunk` tokens at a time, in the backward pass too.
     """
     centres = (clusters @ prototypes).float()  # B,N,E
     agreement = (features * take(centres, targets.clamp(min=0))).sum(-1) / temperature  # B,T
@@ -516,7 +530,8 @@ class _MeanOverDevices(torch.autograd.Function):
 
 
 def mean_over_devices(x):
-    """Mean of x over all processes that lets gradients through; x itself where torch.distributed is not in use."""
+    """Mean of x over all processes that lets gradients through; x itself where torch.distributed is not in
+    use."""
     return _MeanOverDevices.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
@@ -524,8 +539,8 @@ def mean_over_devices(x):
 
 
 def make_teacher(model):
-    """Frozen copy of a LOCA's encoder and projection head, with their names. Stochastic depth stays active in training
-    mode, as released."""
+    """Frozen copy of a LOCA's encoder and projection head, with their names. Stochastic depth stays active in
+    training mode, as released."""
     teacher = nn.ModuleDict({"encoder": copy.deepcopy(model.encoder), "head": copy.deepcopy(model.head)})
     return teacher.requires_grad_(False)
 
@@ -670,9 +685,10 @@ def _read_published(data, branch):
 def load_weights(path, branch="student"):
     """State dict with LOCA's names ('encoder.blocks.0...') from a file of weights.
 
-    Reads this project's checkpoints, published flax files (with msgpack), and PyTorch ViTs named as timm, DINO, iBOT
-    or MAE name them, which give 'encoder.' entries alone. branch: 'student' or 'teacher', where a file holds both.
-    Raises ValueError for a file that holds none of these; a pickle is read with weights_only=True.
+    Reads this project's checkpoints, published flax files (with msgpack), and PyTorch ViTs named as timm,
+    DINO, iBOT or MAE name them, which give 'encoder.' entries alone. branch: 'student' or 'teacher', where a
+    file holds both. Raises ValueError for a file that holds none of these; a pickle is read with
+    weights_only=True.
     """
     with open(path, "rb") as file:
         start = file.read(4)
@@ -709,11 +725,12 @@ def _find_vit(tree, branch):
 
 @torch.no_grad()
 def load_encoder(encoder, state):
-    """Load 'encoder.' entries of a state dict (see load_weights) into a ViT and return what was done, in one line.
+    """Load 'encoder.' entries of a state dict (see load_weights) into a ViT and return what was done, in one
+    line.
 
-    The position embedding is resized to the ViT's grid (a stored one of another size is taken as square), a class
-    token that the ViT does not have is dropped. Raises ValueError, and changes nothing, where the ViT would be filled
-    only in part or the file's ViT has parts that this one has not; it lists both.
+    The position embedding is resized to the ViT's grid (a stored one of another size is taken as square), a
+    class token that the ViT does not have is dropped. Raises ValueError, and changes nothing, where the ViT
+    would be filled only in part or the file's ViT has parts that this one has not; it lists both.
     """
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
     own = encoder.state_dict()

@@ -47,16 +47,14 @@ RECORDED = {
         "total_loss": [8.915199279785156],
         "position_loss": [5.464575290679932],
         "feature_loss": [3.4506239891052246],
-        "norms": """
-            0.1126106 0.722592 0.02060816 0.001178743 0.001057541 0.01257036 0.002702377 0.00705852 0.009599642
-            0.01584734 0.1023715 0.03120304 0.09968709 2.910383e-11 0.008705309 0.03318184 0.04206111
-            0.001932066 0.009521264 0.02216563 0.03463564 0.322526 0.09128129 0.02608675 0.002615261 0.0271597
-            0.007050298 0.0482941 0.1081474 0.1159254 0.1659668 0 0.008256184 0.1147338 0.08798734 0.002385122
-            0.006344648 0.05553747 0.03600951 0.044275 0.004412268 0.02698855 0.01212887 0.044462 0.1028559
-            0.1146161 0.1610968 0 0.008822303 0.113884 0.07329991 0.005366008 0.008373127 0.06747343 0.04518812
-            0.03803554 0.06883801 0.06347913 0.3875204 0.6229861 1.053 2.077449 1.991797 5.915124 2.410846
-            8.471792
-        """,
+        "norms": """ 0.1126106 0.722592 0.02060816 0.001178743 0.001057541 0.01257036 0.002702377 0.00705852
+        0.009599642 0.01584734 0.1023715 0.03120304 0.09968709 2.910383e-11 0.008705309 0.03318184 0.04206111
+        0.001932066 0.009521264 0.02216563 0.03463564 0.322526 0.09128129 0.02608675 0.002615261 0.0271597
+        0.007050298 0.0482941 0.1081474 0.1159254 0.1659668 0 0.008256184 0.1147338 0.08798734 0.002385122
+        0.006344648 0.05553747 0.03600951 0.044275 0.004412268 0.02698855 0.01212887 0.044462 0.1028559
+        0.1146161 0.1610968 0 0.008822303 0.113884 0.07329991 0.005366008 0.008373127 0.06747343 0.04518812
+        0.03803554 0.06883801 0.06347913 0.3875204 0.6229861 1.053 2.077449 1.991797 5.915124 2.410846
+        8.471792 """,
     },
     "step_position_loss_only": {
         "seed": 2,
@@ -66,15 +64,13 @@ RECORDED = {
         "total_loss": [5.414161205291748],
         "position_loss": [5.414161205291748],
         "feature_loss": [0.0],
-        "norms": """
-            0.01329274 0.3771335 0.0007871042 0.0008031751 0.0008260102 0.01161299 0.002118438 0.011003
-            0.009734577 0.0206896 0.1055806 0.03760267 0.1049229 0 0.009720241 0.04047766 0.03406001 0.001615338
-            0.01040591 0.02291944 0.02585212 0.03912493 0.04022973 0.005042489 0.00116612 0.003761828
-            0.004869209 0.007641301 0.04200009 0.0131182 0.03834061 0 0.0037485 0.01296783 0.01081868
-            0.0008414068 0.00357884 0.009299033 0.009089172 0.003681197 0.001029739 0.004086591 0.004425441
-            0.006759731 0.03803454 0.0130326 0.03756107 0 0.003658507 0.01303661 0.01359146 0.0004834662
-            0.004168021 0.006241683 0.008688392 0.03764748 0.06114061 0.06990879 0.3851556
-        """,
+        "norms": """ 0.01329274 0.3771335 0.0007871042 0.0008031751 0.0008260102 0.01161299 0.002118438
+        0.011003 0.009734577 0.0206896 0.1055806 0.03760267 0.1049229 0 0.009720241 0.04047766 0.03406001
+        0.001615338 0.01040591 0.02291944 0.02585212 0.03912493 0.04022973 0.005042489 0.00116612 0.003761828
+        0.004869209 0.007641301 0.04200009 0.0131182 0.03834061 0 0.0037485 0.01296783 0.01081868 0.0008414068
+        0.00357884 0.009299033 0.009089172 0.003681197 0.001029739 0.004086591 0.004425441 0.006759731
+        0.03803454 0.0130326 0.03756107 0 0.003658507 0.01303661 0.01359146 0.0004834662 0.004168021
+        0.006241683 0.008688392 0.03764748 0.06114061 0.06990879 0.3851556 """,
     },
     "step_two_devices": {
         "seed": 1,
@@ -84,16 +80,14 @@ RECORDED = {
         "total_loss": [8.513956069946289, 8.479812622070312],
         "position_loss": [5.4372711181640625, 5.417121887207031],
         "feature_loss": [3.0766849517822266, 3.0626907348632812],
-        "norms": """
-            0.1829769 0.7284705 0.02418057 0.001278736 0.0006977153 0.009735345 0.002481511 0.006968615
-            0.007392151 0.01230498 0.07078618 0.02760637 0.07145962 0 0.007385783 0.02825717 0.03112917
-            0.001935922 0.007514467 0.01632319 0.02223339 0.4689004 0.2352483 0.06351299 0.005135493 0.04176383
-            0.01644539 0.0726141 0.124053 0.1861286 0.2227526 0 0.0148117 0.1876804 0.1420536 0.006829302
-            0.01029833 0.1226906 0.08242554 0.04428702 0.004193098 0.04984434 0.01562499 0.07754994 0.1322521
-            0.176012 0.1975339 4.365575e-11 0.009989929 0.1808444 0.1102537 0.00531972 0.007864108 0.08027887
-            0.05380079 0.02808323 0.05817091 0.04779044 0.2750058 0.9240172 1.371302 2.70674 2.353845 9.337287
-            3.431612 6.526767
-        """,
+        "norms": """ 0.1829769 0.7284705 0.02418057 0.001278736 0.0006977153 0.009735345 0.002481511
+        0.006968615 0.007392151 0.01230498 0.07078618 0.02760637 0.07145962 0 0.007385783 0.02825717
+        0.03112917 0.001935922 0.007514467 0.01632319 0.02223339 0.4689004 0.2352483 0.06351299 0.005135493
+        0.04176383 0.01644539 0.0726141 0.124053 0.1861286 0.2227526 0 0.0148117 0.1876804 0.1420536
+        0.006829302 0.01029833 0.1226906 0.08242554 0.04428702 0.004193098 0.04984434 0.01562499 0.07754994
+        0.1322521 0.176012 0.1975339 4.365575e-11 0.009989929 0.1808444 0.1102537 0.00531972 0.007864108
+        0.08027887 0.05380079 0.02808323 0.05817091 0.04779044 0.2750058 0.9240172 1.371302 2.70674 2.353845
+        9.337287 3.431612 6.526767 """,
     },
 }
 
@@ -231,7 +225,8 @@ def test_recorded_step_of_two_devices():
 
 
 def test_recorded_correspondences():
-    """Four maps of the released pipeline (reference and query boxes, mirrored), the first row and column of each."""
+    """Four maps of the released pipeline (reference and query boxes, mirrored), the first row and column of
+    each."""
     cases = [
         ([39, 0, 536, 669], [70, 88, 299, 300], [21, 20, 19, 18, 17, 16], [21, 35, 63, 77, 91, 119]),
         ([6, 2, 178, 228], [140, 62, 60, 71], [147, 146, 146, 145, 144, 144], [147, 161, 175, 189, -1, -1]),
@@ -575,7 +570,8 @@ def test_teacher_follows_the_student():
 
 
 def test_step_has_no_data_dependent_shape():
-    """torch.compile without graph breaks fails on .item(), boolean indexing and shapes that depend on values."""
+    """torch.compile without graph breaks fails on .item(), boolean indexing and shapes that depend on
+    values."""
     torch._dynamo.reset()
     model, teacher = tiny(), loca.make_teacher(tiny())
     settings = {"image_size": 32, "patch_size": 8, "focal_size": 16, "focal": 3, "blur": True}
@@ -598,7 +594,8 @@ def test_step_has_no_data_dependent_shape():
 
 
 def write_published(path, trees):
-    """A train state in the published file format: msgpack, arrays as extension 1 of (shape, dtype name, bytes)."""
+    """A train state in the published file format: msgpack, arrays as extension 1 of (shape, dtype name,
+    bytes)."""
     msgpack = pytest.importorskip("msgpack")
 
     def nest(flat):
@@ -1125,10 +1122,10 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(whole_run, tmp_path, st
     """Stopped by a signal in the middle of an epoch and of a log window; goes on with the same command."""
     after_step = train.Run.after_step
 
-    def interrupt(self, done, window):
+    def interrupt(self, done):
         if done == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return after_step(self, done, window)
+        return after_step(self, done)
 
     monkeypatch.setattr(train.Run, "after_step", interrupt)
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -1143,7 +1140,8 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(whole_run, tmp_path, st
 
 
 def test_killed_while_it_runs(whole_run, tmp_path):
-    """SIGKILL at any moment: the next start goes on from the last whole checkpoint and ends with the same weights."""
+    """SIGKILL at any moment: the next start goes on from the last whole checkpoint and ends with the same
+    weights."""
     command = [sys.executable, str(HERE / "train.py"), *SMALL, "--save-minutes", "0", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
@@ -1246,7 +1244,8 @@ def test_accumulation_and_options_run(tmp_path, photos):
 
 
 def test_gradients_of_accumulated_micro_batches():
-    """Half the loss of each of two micro-batches: their mean gradient (position loss, which does not couple images)."""
+    """Half the loss of each of two micro-batches: their mean gradient (position loss, which does not couple
+    images)."""
     model, views = tiny(prototypes=0, drop_path=0.0), tiny_views(4)
     views["query_targets"][:], views["focal_targets"][:] = 3, 5  # the same number of targets in each half
     chosen = {"visible": torch.arange(3), "keep": torch.arange(5)}

@@ -1,8 +1,8 @@
 """Pretrain LOCA: photo -> crops and boxes (workers) -> colours (device, whole batch) -> loca.LOCA -> loop.
 
 `python train.py` draws its own scenes and needs nothing else; `--data DIR` takes any folder of images;
-`torchrun --nproc_per_node=N train.py` is the same script on N devices. Every random draw is a function of the seed
-and of the step, epoch or image it is for, so a resumed run goes on as if it had never stopped.
+`torchrun --nproc_per_node=N train.py` is the same script on N devices. Every random draw is a function of the
+seed and of the step, epoch or image it is for, so a resumed run goes on as if it had never stopped.
 """
 
 import argparse
@@ -45,7 +45,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Files:
-    """A list of file names in two arrays, which forked workers share without copying: bytes and end offsets."""
+    """A list of file names in two arrays, which forked workers share without copying: bytes and end
+    offsets."""
 
     def __init__(self, names):
         self.text = np.frombuffer(b"".join(names), np.uint8)
@@ -64,8 +65,8 @@ class Files:
 
 
 def find_images(folder, cache=None):
-    """Names, relative to `folder`, of all images below it, sorted; links are followed once. `cache`: a file that keeps
-    the list. Raises Problem for a folder that is missing or has no images."""
+    """Names, relative to `folder`, of all images below it, sorted; links are followed once. `cache`: a file
+    that keeps the list. Raises Problem for a folder that is missing or has no images."""
     if cache and Path(cache).exists():
         with np.load(cache) as saved:
             files = Files([])
@@ -98,7 +99,8 @@ def find_images(folder, cache=None):
 
 
 def read_image(path):
-    """Decode any image file as upright RGB: uint8 [3, H, W]. Raises whatever Pillow or the file system raises."""
+    """Decode any image file as upright RGB: uint8 [3, H, W]. Raises whatever Pillow or the file system
+    raises."""
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -145,7 +147,8 @@ _GRAIN = (6, 14, 40, 16, 22, 48, 5, 8, 18, 4)  # strength of the texture on each
 
 
 class _Canvas:
-    """Draws every part twice: its colour on the picture, its class on the label map, both at twice the size."""
+    """Draws every part twice: its colour on the picture, its class on the label map, both at twice the
+    size."""
 
     def __init__(self, width, height):
         self.pictures = [Image.new("RGB", (2 * width, 2 * height)), Image.new("L", (2 * width, 2 * height))]
@@ -250,7 +253,8 @@ def _noise(r, width, height, cell):
 
 
 def draw_scene(seed, width=256, height=192):
-    """A street scene made of parts: image uint8 [H, W, 3] and labels uint8 [H, W], indices into SCENE_CLASSES.
+    """A street scene made of parts: image uint8 [H, W, 3] and labels uint8 [H, W], indices into
+    SCENE_CLASSES.
 
     The same seed draws the same scene on every machine: an RNG whose stream is frozen, and integer pixels.
     """
@@ -355,8 +359,8 @@ class Scenes:
 
 
 def random_box(height, width, area, rng):
-    """A random crop of an image, (top, left, height, width): its share of the image's area drawn from `area`, its aspect
-    ratio from 0.75..1.33; the whole image after 100 tries (SPEC: released pipeline)."""
+    """A random crop of an image, (top, left, height, width): its share of the image's area drawn from `area`,
+    its aspect ratio from 0.75..1.33; the whole image after 100 tries (SPEC: released pipeline)."""
     for _ in range(100):
         pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
@@ -368,9 +372,9 @@ def random_box(height, width, area, rng):
 class Views(Dataset):
     """One image -> uint8 crops of one reference, one random query and the focal queries, all from one decode.
 
-    Keys are (epoch, number): both seed the crops, so a key always gives the same views. Items: reference and query
-    [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], unreadable: '' or what was wrong with a file that
-    another one stands in for.
+    Keys are (epoch, number): both seed the crops, so a key always gives the same views. Items: reference and
+    query [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], unreadable: '' or what was wrong
+    with a file that another one stands in for.
     """
 
     def __init__(self, source, settings):
@@ -415,7 +419,8 @@ class Views(Dataset):
 
 
 def crop(image, box, size, flip):
-    """Cut `box` out of an image uint8 [3, H, W] and resize it, bilinear with antialiasing -> uint8 [3, size, size]."""
+    """Cut `box` out of an image uint8 [3, H, W] and resize it, bilinear with antialiasing -> uint8 [3, size,
+    size]."""
     top, left, height, width = box
     part = image[None, :, top : top + height, left : left + width]
     view = F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
@@ -423,7 +428,8 @@ def crop(image, box, size, flip):
 
 
 class Order:
-    """Batches of keys (epoch, number) for the steps first..last-1: a new permutation each epoch, cut to whole batches.
+    """Batches of keys (epoch, number) for the steps first..last-1: a new permutation each epoch, cut to whole
+    batches.
 
     Each step's images are the same however many processes and micro-batches share them.
     """
@@ -485,11 +491,12 @@ YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, 
 
 
 def draw_jitter(count, device):
-    """Draw colour jitter for `count` views: four operations each, in an order of its own, as x -> M x + b + c mean(x).
+    """Draw colour jitter for `count` views: four operations each, in an order of its own, as x -> M x + b + c
+    mean(x).
 
-    Returns M [V, 4, 3, 3], b [V, 4, 3, 1], c [V, 4, 1, 1]. Brightness adds u(-0.4, 0.4); contrast about the channel's
-    mean by u(0.6, 1.4); saturation by u(0.8, 1.2); hue turned by u(-0.1, 0.1) of the circle. Saturation and hue are
-    linear in YIQ. One view in five is left as it is.
+    Returns M [V, 4, 3, 3], b [V, 4, 3, 1], c [V, 4, 1, 1]. Brightness adds u(-0.4, 0.4); contrast about the
+    channel's mean by u(0.6, 1.4); saturation by u(0.8, 1.2); hue turned by u(-0.1, 0.1) of the circle.
+    Saturation and hue are linear in YIQ. One view in five is left as it is.
     """
 
     def uniform(low, high):
@@ -532,11 +539,12 @@ def blur(x, probability):
 
 
 def colours(views, solarize=0.0, blur_probability=0.0):
-    """Random colours for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalised float32.
+    """Random colours for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalised
+    float32.
 
-    Jitter with values clipped to 0..1 after each operation, greyscale with probability 0.2, blur and solarisation
-    with the given ones (SPEC: released pipeline). No value goes back to the host. On the CPU as many views at a time
-    as its cache holds.
+    Jitter with values clipped to 0..1 after each operation, greyscale with probability 0.2, blur and
+    solarisation with the given ones (SPEC: released pipeline). No value goes back to the host. On the CPU as
+    many views at a time as its cache holds.
     """
     device, shape = views.device, views.shape
     fitting = max(1, 2**18 // (shape[-1] * shape[-2]))
@@ -568,7 +576,8 @@ def plain_colours(views):
 
 
 def to_views(batch, s, augment=True):
-    """A collated batch of Views on the device -> the views of loca.LOCA.forward, colours and targets included."""
+    """A collated batch of Views on the device -> the views of loca.LOCA.forward, colours and targets
+    included."""
     reference, query, focal = batch["reference"], batch["query"], batch["focal"]
     if augment:
         chances = (1.0, 0.1, 0.5) if s["blur"] else (0.0, 0.0, 0.0)  # reference, random query, focal queries
@@ -595,7 +604,8 @@ def to_views(batch, s, augment=True):
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Linear from 0 over `warmup` steps, then a cosine to 1 % of the peak at the last step (SPEC section 5)."""
+    """Linear from 0 over `warmup` steps, then a cosine to 1 % of the peak at the last step (SPEC section
+    5)."""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -620,7 +630,8 @@ def parameter_groups(model, weight_decay):
 
 
 class Processes:
-    """The device of this process and its place among all (torchrun's environment); one process without torchrun."""
+    """The device of this process and its place among all (torchrun's environment); one process without
+    torchrun."""
 
     def __init__(self, device=None):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -651,21 +662,15 @@ class Processes:
             print(*words, flush=True)
 
     def sum(self, values):
-        """Sum a list of numbers or tensors over all processes: one transfer, one reduction -> list of floats."""
-        total = torch.stack(
-            [
-                torch.as_tensor(
-                    v, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device
-                )
-                for v in values
-            ]
-        )
+        """Sum a vector of numbers, a tensor or a list, over all processes -> list of floats."""
+        total = torch.as_tensor(values, device=self.device)
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def listen(self):
-        """From now on SIGTERM and SIGINT ask for a stop after a save; a second one ends the process at once."""
+        """From now on SIGTERM and SIGINT ask for a stop after a save; a second one ends the process at
+        once."""
 
         def ask(number, frame):
             self.stop = number
@@ -770,7 +775,7 @@ def duration(seconds):
 
 RUN_ONLY = {
     "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes", "keep", "tensorboard",
-    "cache_list", "accumulate", "bench", "show", "world",
+    "cache_list", "accumulate", "bench", "world",
 }  # fmt: skip  # settings that a resumed run may change
 
 
@@ -807,316 +812,312 @@ def open_data(s, processes):
     return Folder(s["data"], train), Folder(s["data"], files.select(np.sort(order[:count])))
 
 
-def resume(path, s, model, teacher, optimizer, processes):
-    """Load a run's last checkpoint if it has one -> steps done and the sums of the log line under way."""
-    if not path.exists():
-        return 0, None
-    saved = load_file(path)
-    old = saved["settings"]
-    for key in s:
-        if key in old and old[key] != s[key]:
-            flag = f"--{key.replace('_', '-')}"
-            if key not in RUN_ONLY:
-                raise Problem(
-                    f"{path} was made with {flag} {old[key]}, not {s[key]}: give another --out, or {old[key]} to resume"
-                )
-            if key not in ("bench", "show", "out"):
-                processes.say(f"resuming with {flag} {s[key]}, before it was {old[key]}")
-    model.load_state_dict(saved["model"])
-    if teacher is not None:
-        teacher.load_state_dict(saved["teacher"])
-    optimizer.load_state_dict(saved["optimizer"])
-    processes.say(f"resuming {path} at step {saved['step']}")
-    return saved["step"], saved["window"]
-
-
 # ------------------------------------------------------------------------------------------------ loop
 
 
 class Window:
-    """Sums between two log lines, on the device: nothing waits for it until it is read."""
+    """Sums between two log lines, on the device: nothing waits for them until they are read."""
 
     NAMES = (
         "loss", "position_loss", "feature_loss", "position_accuracy", "cross_entropy", "prototype_perplexity",
         "target_entropy", "gradient_norm",
     )  # fmt: skip
 
-    def __init__(self, device, sums=None):
-        self.device, self.unreadable = device, {}
+    def __init__(self, processes, saved=None):
+        self.processes, self.unreadable = processes, set()
         self.failed = torch.full(
-            (1 + len(self.NAMES),), -1.0, device=device
-        )  # step and terms of the first bad step
+            (1 + len(self.NAMES),), -1.0, device=processes.device
+        )  # first bad step, its terms
         self.clear()
-        if sums is not None:
-            self.sums, self.count = sums[1:].to(device), int(sums[0])
+        if saved is not None:
+            self.sums, self.count = saved[1:].to(processes.device), int(saved[0])
 
     def clear(self):
-        self.sums, self.count = torch.zeros(len(self.NAMES), device=self.device), 0
+        self.sums, self.count = torch.zeros(len(self.NAMES), device=self.processes.device), 0
         self.begin, self.waited = time.perf_counter(), 0.0
 
     def fetch(self, batches):
-        """The next batch, its waiting time counted and its unreadable files remembered."""
+        """The next batch, its waiting time counted and its unreadable files named once each."""
         begin = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - begin
-        for wrong in filter(None, batch["unreadable"]):
-            if wrong not in self.unreadable:
-                print(
-                    f"warning: unreadable image {wrong}; another one stands in for it",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                self.unreadable[wrong] = True
+        for wrong in set(filter(None, batch["unreadable"])) - self.unreadable:
+            self.unreadable.add(wrong)
+            text = f"warning: unreadable image {wrong}; another one stands in for it"
+            print(text, file=sys.stderr, flush=True)
         return batch
 
-    def add(self, step, losses, gradient_norm):
-        """Add one step's means over its micro-batches. The gradient norm is the same on all ranks, and not finite on
-        all where one rank's loss is not."""
-        losses = {name: sum(values) / len(values) for name, values in losses.items()}
-        terms = torch.stack(
-            [*(losses[name].detach().float() for name in self.NAMES[:-1]), gradient_norm.float()]
-        )
+    def add(self, step, micro_losses, gradient_norm):
+        """Add one step: the mean of its micro-batches' losses. The gradient norm is the same on all ranks,
+        and not finite on all where one rank's loss is not."""
+        means = {
+            name: sum(losses[name] for losses in micro_losses) / len(micro_losses) for name in self.NAMES[:-1]
+        }
+        terms = torch.stack([*(value.detach().float() for value in means.values()), gradient_norm.float()])
         self.sums, self.count = self.sums + terms, self.count + 1
         first = (self.failed[0] < 0) & ~gradient_norm.isfinite()
         self.failed = torch.where(first, torch.cat([terms.new_full((1,), step), terms]), self.failed)
 
-    def read(self, processes):
-        """Means over the window and all processes -> dict; the window starts anew. Raises Problem where a step's
-        gradient was not finite."""
-        failed = self.failed.tolist()
-        if failed[0] >= 0:
-            terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.NAMES, failed[1:]))
+    def check(self):
+        """Raise Problem, on all ranks alike, where a step's gradient was not finite."""
+        step, *terms = self.failed.tolist()
+        if step >= 0:
+            values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.NAMES, terms))
             raise Problem(
-                f"step {int(failed[0])}: the loss or its gradient is not finite on rank {processes.rank} or another "
-                f"({terms}). The last checkpoint is untouched; resume with a smaller --lr or --precision float32"
+                f"step {int(step)}: the loss or its gradient is not finite; rank {self.processes.rank} had {values}. "
+                "The last checkpoint is untouched: go on from it in another --out with a smaller --lr or in float32"
             )
-        means = [x / (self.count * processes.world) for x in processes.sum(self.sums)]
-        record = dict(zip(self.NAMES, means))
+
+    def read(self, batch):
+        """Means over the window and all processes, images per second and share of waiting; the window starts
+        anew."""
+        seconds = time.perf_counter() - self.begin
+        record = dict(zip(self.NAMES, self.processes.sum(self.sums / (self.count * self.processes.world))))
+        speed, waiting = self.count * batch / seconds, self.waited / seconds
         self.clear()
-        return record
+        return {**record, "images_per_second": speed, "waiting": waiting}
 
 
 def pretrain(s, processes):
     """Run the settings from the run folder's last checkpoint, or from the start, to the end -> exit code."""
-    device, out = processes.device, Path(s["out"])
-    train_images, val_images = open_data(s, processes)
-    if len(train_images) < s["batch"]:
-        raise Problem(
-            f"{len(train_images)} images are fewer than one batch: give --batch {len(train_images)} or less"
-        )
-    epoch_steps = len(train_images) // s["batch"]
-    steps = s["steps"] or s["epochs"] * epoch_steps
-    warmup = min(round(s["warmup_epochs"] * epoch_steps), steps // 2)
-    set_seed(s["seed"])
-    model = build(s).to(device)
-    teacher = loca.make_teacher(model) if model.head else None
-    groups = parameter_groups(model, s["weight_decay"])
-    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
-    out.mkdir(parents=True, exist_ok=True)
-    first, sums = resume(out / "last.pt", s, model, teacher, optimizer, processes)
+    run = Run(s, processes)
+    model, teacher, optimizer, device = run.model, run.teacher, run.optimizer, processes.device
     net = torch.compile(model) if s["compile"] else model
     net = processes.wrap(net, static_graph=s["accumulate"] == 1)
-    run = Run(
-        s,
-        processes,
-        model,
-        teacher,
-        optimizer,
-        steps,
-        epoch_steps,
-        val_images,
-        Log(out, first + 1, s["tensorboard"]) if processes.main else None,
-    )
-    run.announce(train_images, first)
-    order = Order(
-        len(train_images),
-        s["batch"],
-        s["seed"],
-        first,
-        steps,
-        processes.rank,
-        processes.world,
-        s["accumulate"],
-    )
-    batches = feed(make_loader(Views(train_images, s), order, s["workers"], device), device)
-    window = Window(device, sums)
+    batches, peak = run.batches(), s["lr"] * s["batch"] / 1024
     processes.listen()
 
-    for step in range(first, steps):
+    for step in range(run.first, run.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, warmup, s["lr"] * s["batch"] / 1024)
-        terms = defaultdict(list)
+            group["lr"] = learning_rate(step, run.steps, run.warmup, peak)
+        micro_losses = []
         for micro in range(s["accumulate"]):
-            batch = window.fetch(batches)
+            batch = run.window.fetch(batches)
             set_seed(s["seed"], step, processes.rank, micro)
             last = micro == s["accumulate"] - 1
             with contextlib.nullcontext() if last or processes.world == 1 else net.no_sync():
                 with autocast(s["precision"], device):
                     losses = net(to_views(batch, s), teacher)
                 (losses["loss"] / s["accumulate"]).backward()
-            for name, value in losses.items():
-                terms[name].append(value)
+            micro_losses.append(losses)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         if teacher is not None:
-            loca.update_teacher(teacher, model, teacher_momentum(step, steps, s["momentum"]))
-        window.add(step, terms, norm)
-        if run.after_step(step + 1, window):
+            loca.update_teacher(teacher, model, teacher_momentum(step, run.steps, s["momentum"]))
+        run.window.add(step, micro_losses, norm)
+        if run.after_step(step + 1):
             return REQUEUE
     run.finish()
     return 0
 
 
 class Run:
-    """What surrounds the loop: log lines, held-out accuracy, checkpoints, pictures."""
+    """What surrounds the loop: data, model and checkpoint at the start, log, held-out figures and files on
+    the way."""
 
-    def __init__(self, s, processes, model, teacher, optimizer, steps, epoch_steps, val_images, log):
-        self.s, self.processes, self.log = s, processes, log
-        self.model, self.teacher, self.optimizer = model, teacher, optimizer
-        self.steps, self.epoch_steps, self.val_images = steps, epoch_steps, val_images
-        self.out, self.saved_at, self.seen, self.warned = Path(s["out"]), time.monotonic(), 0, set()
-        self.chance = {
-            "position_loss": math.log(model.positions),
-            "cross_entropy": math.log(max(s["prototypes"], 1)),
+    def __init__(self, s, processes):
+        self.processes, self.out = processes, Path(s["out"])
+        self.images, self.val_images = open_data(s, processes)
+        self.s = s = {**s, "images": len(self.images)}
+        if len(self.images) < s["batch"]:
+            few = len(self.images)
+            raise Problem(f"{few} images are fewer than one batch: give --batch {few} or less")
+        self.epoch_steps = len(self.images) // s["batch"]
+        self.steps = s["steps"] or s["epochs"] * self.epoch_steps
+        self.warmup = min(round(s["warmup_epochs"] * self.epoch_steps), self.steps // 2)
+        set_seed(s["seed"])
+        self.model = build(s).to(processes.device)
+        self.teacher = loca.make_teacher(self.model) if self.model.head else None
+        groups = parameter_groups(self.model, s["weight_decay"])
+        self.optimizer = torch.optim.AdamW(groups, fused=processes.device.type in ("cuda", "cpu"))
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.first, window = self.resume()
+        self.window = Window(processes, window)
+        self.log = Log(self.out, self.first + 1, s["tensorboard"]) if processes.main else None
+        self.saved_at, self.warned, self.accuracy = time.monotonic(), set(), None
+        self.chances = {
+            "position_loss": math.log(self.model.positions),
+            "cross_entropy": math.log(s["prototypes"]) if self.teacher else 0.0,
         }
+        share, world, accumulate = (
+            s["batch"] // processes.world // s["accumulate"],
+            processes.world,
+            s["accumulate"],
+        )
+        processes.say(
+            f"{world} process{'es' * (world > 1)} on {processes.device.type}, {s['precision']}; {share} images per "
+            f"device x {world} x {accumulate} accumulated = batch {s['batch']}\n{len(self.images)} images, "
+            f"{len(self.val_images)} held out; {self.steps} steps of {self.epoch_steps} an epoch, from {self.first}; "
+            f"encoder of {sum(x.numel() for x in self.model.encoder.parameters()) / 1e6:.1f} M parameters; in {self.out}"
+        )
+        if processes.main:
+            (self.out / "settings.json").write_text(json.dumps(s, indent=1) + "\n")
 
-    def announce(self, images, first):
+    def resume(self):
+        """Load the run's last checkpoint if it has one -> steps done and the sums of the window under way."""
+        path = self.out / "last.pt"
+        if not path.exists():
+            return 0, None
+        saved = load_file(path)
+        check_same_run(path, saved["settings"], self.s, self.processes)
+        self.model.load_state_dict(saved["model"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(saved["teacher"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.processes.say(f"resuming {path} at step {saved['step']}")
+        return saved["step"], saved["window"]
+
+    def batches(self):
+        """This process's micro-batches from the first step on."""
         s, p = self.s, self.processes
-        count = sum(x.numel() for x in self.model.encoder.parameters()) / 1e6
-        p.say(
-            f"{p.world} process{'es' * (p.world > 1)} on {p.device.type}, {s['precision']}; {s['batch'] // p.world // s['accumulate']} "
-            f"images per device x {p.world} x {s['accumulate']} accumulated = batch {s['batch']}"
+        order = Order(
+            len(self.images), s["batch"], s["seed"], self.first, self.steps, p.rank, p.world, s["accumulate"]
         )
-        p.say(
-            f"{len(images)} images, {len(self.val_images)} held out; encoder of {count:.1f} M parameters; {self.steps} steps "
-            f"of {self.epoch_steps} an epoch, from step {first}; run folder {s['out']}"
-        )
-        if p.main:
-            (self.out / "settings.json").write_text(json.dumps(self.s, indent=1) + "\n")
+        return feed(make_loader(Views(self.images, s), order, s["workers"], p.device), p.device)
 
-    def after_step(self, done, window):
+    def after_step(self, done):
         """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
-        s, epoch_end = self.s, done % self.epoch_steps == 0 or done == self.steps
-        stop = self.processes.stop is not None
-        if done % s["log_every"] == 0 or epoch_end:
-            seconds, waited, count = time.perf_counter() - window.begin, window.waited, window.count
-            stop = self.processes.sum([float(stop)])[0] > 0
-            record = window.read(self.processes)
-            self.report(done, record, count * s["batch"] / seconds, waited / seconds)
-            self.check_unreadable(window, done)
-        elif self.processes.world > 1:
+        s, p = self.s, self.processes
+        epoch, into_epoch = divmod(done, self.epoch_steps)
+        epoch_end, stop = into_epoch == 0 or done == self.steps, p.stop is not None
+        log_now = done % s["log_every"] == 0 or epoch_end
+        if log_now or p.device.type == "cpu":  # where reading the figures makes no device wait
+            self.window.check()
+        if log_now:
+            stop = p.sum([float(stop)])[0] > 0
+            self.report(done, self.window.read(s["batch"]))
+        elif p.world > 1:
             return False  # all processes stop at the same step: the next log line
         if epoch_end:
             self.evaluate(done)
-            window.clear()  # the time of the evaluation is not the steps'
-        if self.processes.main:
-            if s["keep"] and epoch_end and done // self.epoch_steps % s["keep"] == 0:
-                self.save(done, window, f"epoch_{done // self.epoch_steps:04d}.pt")
-            late = time.monotonic() - self.saved_at > 60 * s["save_minutes"] and window.count == 0
+            self.window.clear()  # the time of the evaluation is not the steps'
+        if p.main:
+            if s["keep"] and into_epoch == 0 and epoch % s["keep"] == 0:
+                self.save(done, f"epoch_{epoch:04d}.pt")
+            late = log_now and time.monotonic() - self.saved_at > 60 * s["save_minutes"]
             if stop or late or done == self.steps:
-                self.save(done, window, "last.pt")
+                self.save(done, "last.pt")
         if stop:
-            self.processes.say(f"asked to stop: saved at step {done}; the same command goes on from there")
+            p.say(f"asked to stop: saved at step {done}; the same command goes on from there")
         return stop
 
-    def report(self, done, record, speed, waiting):
-        s = self.s
-        lr, memory = self.optimizer.param_groups[0]["lr"], peak_memory(self.processes.device)
-        left = (self.steps - done) * s["batch"] / speed
-        position = f"position {record['position_loss']:.3f} (chance {self.chance['position_loss']:.2f})"
-        cluster = f"cluster {record['cross_entropy']:.3f} (chance {self.chance['cross_entropy']:.2f})"
+    def report(self, done, record):
+        """One line on the screen, one record in the log; warn where something does not learn."""
+        s, count, per_epoch = self.s, len(self.window.unreadable), self.epoch_steps * self.s["batch"]
+        record = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **record,
+            "memory_gib": peak_memory(self.processes.device),
+        }
+        losses = "".join(
+            f"{title} {record[name]:.3f} (chance {self.chances[name]:.2f}) | "
+            for title, name in (("position", "position_loss"), ("cluster", "cross_entropy"))
+            if self.chances[name]
+        )
+        left = (self.steps - done) * s["batch"] / record["images_per_second"]
         self.processes.say(
-            f"step {done}/{self.steps} epoch {done / self.epoch_steps:.1f} | loss {record['loss']:.3f} | {position} | "
-            f"{cluster + ' | ' if self.teacher else ''}accuracy {record['position_accuracy']:.1%} | lr {lr:.1e} | "
-            f"{speed:.1f} img/s | waiting for data {waiting:.0%} | {memory:.1f} GiB | {duration(left)} left"
+            f"step {done}/{self.steps} epoch {done / self.epoch_steps:.1f} | loss {record['loss']:.3f} | {losses}"
+            f"accuracy {record['position_accuracy']:.1%} | lr {record['lr']:.1e} | {record['images_per_second']:.1f} "
+            f"img/s | waiting for data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | {duration(left)} left"
         )
         if self.log:
-            speeds = {"images_per_second": speed, "waiting": waiting, "memory_gib": memory}
-            self.log.write({"step": done, "epoch": done / self.epoch_steps, "lr": lr, **record, **speeds})
-        for name in ("position_loss", "cross_entropy"):
-            weight = (
-                s["position_weight"]
-                if name == "position_loss"
-                else s["feature_weight"] * (self.teacher is not None)
-            )
-            if weight and done > self.steps // 4 and record[name] > 0.99 * self.chance[name]:
-                self.warn(
-                    f"after a quarter of the steps {name} is still at chance ({record[name]:.2f} of {self.chance[name]:.2f})"
-                )
-        if (
-            self.teacher
-            and done > self.steps // 10
-            and record["prototype_perplexity"] < 0.02 * s["prototypes"]
-        ):
+            self.log.write({"step": done, "epoch": done / self.epoch_steps, **record})
+        weights = {"position_loss": s["position_weight"], "cross_entropy": s["feature_weight"]}
+        if done > max(200, self.steps // 4):
+            for name, chance in self.chances.items():
+                if weights[name] and chance and record[name] > 0.99 * chance:
+                    self.warn(f"a quarter of the steps is done and {name} is still at chance", "is at chance")
+        if self.teacher and done > 200 and record["prototype_perplexity"] < 0.02 * s["prototypes"]:
             self.warn(
-                f"the predictions use {record['prototype_perplexity']:.0f} of {s['prototypes']} prototypes: collapsing"
+                f"the predictions use {record['prototype_perplexity']:.0f} of {s['prototypes']} prototypes",
+                "collapse",
+            )
+        seen = min(done * s["batch"], per_epoch) / self.processes.world
+        if count > 0.05 * (max(seen, 400) if per_epoch > 400 else seen):
+            raise Problem(
+                f"{count} of the images read so far cannot be decoded, over 5 %: see the warnings above"
             )
 
-    def warn(self, text):
-        if text.split("(")[0] not in self.warned:
-            self.warned.add(text.split("(")[0])
+    def warn(self, text, kind):
+        if kind not in self.warned:
+            self.warned.add(kind)
             self.processes.say(f"warning: {text}; see the README's questions")
 
-    def check_unreadable(self, window, done):
-        count, seen = len(window.unreadable), min(done * self.s["batch"], self.epoch_steps * self.s["batch"])
-        if count > 0.05 * max(
-            seen / self.processes.world, 400 if self.epoch_steps * self.s["batch"] > 400 else seen
-        ):
-            raise Problem(
-                f"{count} of the images read so far cannot be decoded, over 5 %: look at the warnings above"
-            )
-
     def evaluate(self, done):
-        """Held-out figures and the picture; every process takes its share of whole batches."""
-        if len(self.val_images) == 0:
+        """Held-out figures: on the screen and in the log."""
+        if len(self.val_images) < self.processes.world:
             return
-        record = evaluate(self.model, self.teacher, self.val_images, self.s, self.processes)
-        self.processes.say(
-            f"epoch {done / self.epoch_steps:.0f} held out: position accuracy {record['val_position_accuracy']:.2%} "
-            f"(chance {1 / self.model.positions:.2%}) | position {record['val_position_loss']:.3f} | features: spread "
-            f"{record['feature_std']:.2f} of 1, effective rank {record['effective_rank']:.0f} of {self.s['dim']}"
-            + (f" | prototypes used {record['val_prototype_perplexity']:.0f} of {self.s['prototypes']}, target entropy "
-               f"{record['val_target_entropy']:.2f} of {self.chance['cross_entropy']:.2f}" if self.teacher else "")
-        )  # fmt: skip
-        if record["feature_std"] < 0.05 or record["effective_rank"] < 2:
-            self.warn("the features collapse: they are nearly the same everywhere")
+        record, s = evaluate(self.model, self.teacher, self.val_images, self.s, self.processes), self.s
         self.accuracy = record["val_position_accuracy"]
+        clusters = (
+            f" | {record['val_prototype_perplexity']:.0f} of {s['prototypes']} prototypes in use, target entropy "
+            f"{record['val_target_entropy']:.2f} of {self.chances['cross_entropy']:.2f}"
+        )
+        self.processes.say(
+            f"epoch {done / self.epoch_steps:.0f} held out: position accuracy {self.accuracy:.2%} (chance "
+            f"{1 / self.model.positions:.2%}), loss {record['val_position_loss']:.3f} | features: spread "
+            f"{record['feature_std']:.2f} of 1, effective rank {record['effective_rank']:.0f} of {s['dim']}"
+            f"{clusters if self.teacher else ''}"
+        )
+        if record["feature_std"] < 0.05 or record["effective_rank"] < 2:
+            self.warn("the features are nearly the same everywhere", "collapse")
         if self.log:
             self.log.write({"step": done, "epoch": done / self.epoch_steps, **record})
 
-    def save(self, done, window, name):
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def save(self, done, name):
+        """Write a checkpoint; with the last one also the encoder alone and the picture."""
+        self.window.check()
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "settings": self.s,
+            "step": done,
+            "window": torch.cat([torch.tensor([float(self.window.count)]), self.window.sums.cpu()]),
+        }
         if self.teacher is not None:
-            parts["teacher"] = self.teacher.state_dict()
-        sums = torch.cat([torch.tensor([float(window.count)]), window.sums.cpu()])
-        save_file(self.out / name, {**parts, "settings": self.s, "step": done, "window": sums})
+            content["teacher"] = self.teacher.state_dict()
+        save_file(self.out / name, content)
         if name == "last.pt":
-            encoder = (self.teacher or self.model).encoder
-            save_file(self.out / "encoder.pt", encoder.state_dict())
+            save_file(self.out / "encoder.pt", (self.teacher or self.model).encoder.state_dict())
             if len(self.val_images) and not self.s["single_image"]:
-                draw_predictions(
+                picture = draw_predictions(
                     self.model, self.teacher, self.val_images, self.s, self.processes.device
-                ).save(self.out / "predictions.png")
+                )
+                picture.save(self.out / "predictions.png")
             self.saved_at = time.monotonic()
 
     def finish(self):
         """Say what the run made and what to do next."""
-        s = self.s
-        if hasattr(self, "accuracy"):
+        say, s = self.processes.say, self.s
+        if self.accuracy is not None:
             times = self.accuracy * self.model.positions
-            self.processes.say(f"held-out position accuracy {self.accuracy:.2%}, {times:.1f} times chance")
-        self.processes.say(
-            f"{s['out']}: last.pt, encoder.pt (timm's names), predictions.png, metrics.jsonl, settings.json"
+            say(f"held-out position accuracy {self.accuracy:.2%}, {times:.1f} times chance")
+        say(f"{self.out}: last.pt, encoder.pt (timm's names), predictions.png, metrics.jsonl, settings.json")
+        say(
+            "next: python finetune_seg.py"
+            + (f" --data NAME:DIR --init {self.out}/last.pt" if s["data"] else "")
         )
-        data = f"--data NAME:DIR --init {s['out']}/last.pt" if s["data"] else ""
-        self.processes.say(f"next: python finetune_seg.py {data}".rstrip())
+
+
+def check_same_run(path, old, new, processes):
+    """Raise Problem where the settings of a checkpoint and of this run differ in what makes the run; say what
+    else changed."""
+    for key in sorted(old.keys() & new.keys()):
+        flag = f"--{key.replace('_', '-')}"
+        if old[key] != new[key] and key not in RUN_ONLY:
+            raise Problem(
+                f"{path} was made with {flag} {old[key]}, not {new[key]}: give another --out, or {old[key]} to resume"
+            )
+        if old[key] != new[key] and key not in ("bench", "out"):
+            processes.say(f"resuming with {flag} {new[key]}, before it was {old[key]}")
 
 
 @torch.no_grad()
 def evaluate(model, teacher, images, s, processes):
-    """Held-out position accuracy and loss, and how spread the features are -> dict. Views and masks are the same each
-    time; stochastic depth is off; the last images that do not fill a batch on every process are left out."""
+    """Held-out position accuracy and loss, and how spread the features are -> dict. Views and masks are the
+    same each time; stochastic depth is off; the last images that do not fill a batch on every process are
+    left out."""
     model.eval()
     parts = [model] if teacher is None else [model, teacher.eval()]
     size = max(1, min(32, len(images) // processes.world))
@@ -1136,15 +1137,16 @@ def evaluate(model, teacher, images, s, processes):
         sums += torch.stack([losses[name].float() for name in names])
     for part in parts:
         part.train()
-    means = processes.sum([*(sums / max(len(mine), 1))])
+    means = processes.sum(sums / max(len(mine), 1) / processes.world)
     spread, rank = feature_spread(torch.cat(tokens))
-    record = {f"val_{name}": mean / processes.world for name, mean in zip(names, means)}
+    record = {f"val_{name}": mean for name, mean in zip(names, means)}
     return {**record, "feature_std": spread, "effective_rank": rank}
 
 
 def feature_spread(tokens):
-    """Tokens [M, D] -> standard deviation of the unit vectors, 1 where they fill all directions and 0 where they are all
-    the same, and the effective rank, 1..D: exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    """Tokens [M, D] -> standard deviation of the unit vectors, 1 where they fill all directions and 0 where
+    they are all the same, and the effective rank, 1..D: exp of the entropy of the normalised singular values
+    (Roy and Vetterli 2007)."""
     unit = F.normalize(tokens, dim=-1)
     centred = (tokens - tokens.mean(0)).cpu()
     values = torch.linalg.svdvals(centred.T @ centred).sqrt()
@@ -1164,6 +1166,10 @@ def position_colours(grid):
     rows = corners[0] * (1 - at)[:, None, None] + corners[1] * at[:, None, None]  # grid,2,3
     colours = rows[:, :1] * (1 - at)[None, :, None] + rows[:, 1:] * at[None, :, None]
     return colours.reshape(-1, 3).astype(np.uint8)
+
+
+def _picture(view):
+    return Image.fromarray(view.permute(1, 2, 0).cpu().numpy())
 
 
 def _tile(image, side):
@@ -1193,8 +1199,9 @@ def _paint(view, side, positions, palette, correct=None):
 def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
     """Where the model puts every patch of some held-out queries, as a picture.
 
-    A row an image: the reference, its positions in colour, and for the random query and some focal queries the crop,
-    the true positions and the predicted ones; a correct patch is filled, a wrong one a dot of the predicted colour.
+    A row an image: the reference, its positions in colour, and for the random query and some focal queries
+    the crop, the true positions and the predicted ones; a correct patch is filled, a wrong one a dot of the
+    predicted colour.
     """
     modules = [model] if teacher is None else [model, teacher]
     for module in modules:
@@ -1218,12 +1225,11 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
         "grey: outside the reference)", fill="black",
     )  # fmt: skip
     for i in range(len(predicted)):
-        picture = lambda view: Image.fromarray(view.permute(1, 2, 0).cpu().numpy())
-        reference, y = picture(batch["reference"][i]), 24 + i * (side + gap)
+        reference, y = _picture(batch["reference"][i]), 24 + i * (side + gap)
         sheet.paste(_tile(reference, side), (0, y))
         coloured = _paint(reference, side, np.arange(model.positions), palette)
         sheet.paste(Image.blend(_tile(reference, side), coloured, 0.6), (side, y))
-        views = [picture(batch["query"][i]), *(picture(batch["focal"][i, k]) for k in range(focal))]
+        views = [_picture(batch["query"][i]), *(_picture(batch["focal"][i, k]) for k in range(focal))]
         starts = [0, *(model.positions + k * n for k in range(focal))]
         for k, (view, start) in enumerate(zip(views, starts)):
             part = slice(start, start + (model.positions if k == 0 else n))
@@ -1357,169 +1363,66 @@ SCENES_PRESET = {
 
 def make_parser():
     """The command line; defaults are the released recipe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    yes_no = argparse.BooleanOptionalAction
-
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder of images, at any depth; without it, drawn scenes and a tiny model",
-    )
-    data.add_argument("--val", metavar="DIR", help="folder of held-out images; default: a part of --data")
-    data.add_argument(
-        "--val-images", type=int, default=500, help="held-out images at most (a tenth of --data at most)"
-    )
-    data.add_argument("--scenes", type=int, default=1280, help="drawn scenes to train on, without --data")
-    data.add_argument(
-        "--cache-list", metavar="FILE", help="keep the list of images here: for folders of millions"
-    )
-    data.add_argument(
-        "--workers", type=int, help="loader processes per device; default: the cores, shared by the devices"
-    )
-    views = parser.add_argument_group("views")
-    views.add_argument(
-        "--image-size", type=int, default=224, help="side of the reference and random query, pixels"
-    )
-    views.add_argument("--focal-size", type=int, default=96, help="side of the focal queries, pixels")
-    views.add_argument("--focal", type=int, default=9, help="focal queries per image; fewer is faster")
-    views.add_argument(
-        "--query-tokens", type=int, help="tokens of the random query that are encoded; default: 5 of 14"
-    )
-    views.add_argument(
-        "--large-area",
-        type=float,
-        nargs=2,
-        default=[0.32, 1.0],
-        help="area of reference and random query, share of the image",
-    )
-    views.add_argument(
-        "--focal-area",
-        type=float,
-        nargs=2,
-        default=[0.05, 0.32],
-        help="area of a focal query, share of the image",
-    )
-    views.add_argument(
-        "--blur",
-        action=yes_no,
-        default=False,
-        help="blur as the paper means it; the released code never blurs",
-    )
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--model",
-        default="B/16",
-        choices=list(loca.SIZES),
-        help="size; the next five flags change parts of it",
-    )
-    method.add_argument("--patch-size", type=int, help="side of a patch, pixels; smaller for small images")
-    method.add_argument("--dim", type=int, help="width")
-    method.add_argument("--depth", type=int, help="blocks")
-    method.add_argument("--heads", type=int, help="attention heads")
-    method.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
-    method.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
-    method.add_argument(
-        "--prototypes", type=int, default=4096, help="clusters of the feature loss; fewer for small data"
-    )
-    method.add_argument("--head-hidden", type=int, default=2048, help="hidden width of the projection head")
-    method.add_argument(
-        "--bottleneck", type=int, default=256, help="width in which features and prototypes are compared"
-    )
-    method.add_argument(
-        "--masking-ratio",
-        type=float,
-        default=0.8,
-        help="eta, share of reference tokens hidden from the queries",
-    )
-    method.add_argument(
-        "--masking",
-        default="consecutive",
-        choices=["consecutive", "first", "unstructured"],
-        help="which stay visible",
-    )
-    method.add_argument(
-        "--student-temperature", type=float, default=0.1, help="of the student's cluster prediction"
-    )
-    method.add_argument(
-        "--teacher-temperature", type=float, default=0.05, help="of the targets; higher if they collapse"
-    )
-    method.add_argument(
-        "--position-weight",
-        type=float,
-        default=1.0,
-        help="weight of the position loss; 0: feature loss alone",
-    )
-    method.add_argument(
-        "--feature-weight",
-        type=float,
-        default=1.0,
-        help="weight of the feature loss; 0: position loss alone, no teacher",
-    )
-    method.add_argument(
-        "--single-image",
-        action=yes_no,
-        default=False,
-        help="compare: predict a view's own positions, no reference",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=100, help="passes over the images")
-    training.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
-    training.add_argument(
-        "--batch", type=int, default=1024, help="images per optimiser step, over all devices and accumulation"
-    )
-    training.add_argument(
-        "--accumulate",
-        type=int,
-        default=1,
-        help="micro-batches per step, to save memory; Sinkhorn sees one at a time",
-    )
-    training.add_argument(
-        "--lr", type=float, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024"
-    )
-    training.add_argument("--warmup-epochs", type=float, default=15.0, help="epochs of linear warm-up")
-    training.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices alone")
-    training.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    training.add_argument(
-        "--momentum",
-        type=float,
-        default=0.996,
-        help="of the teacher at the start; it rises to 1. Lower for short runs",
-    )
-    training.add_argument("--seed", type=int, default=0, help="of everything random")
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--out", metavar="DIR", default="runs/pretrain", help="run folder; a run that is in it goes on"
-    )
-    run.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
-    run.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
-    run.add_argument(
-        "--compile", action=yes_no, default=False, help="torch.compile the step: slow start, faster on GPUs"
-    )
-    run.add_argument(
-        "--grad-checkpoint",
-        action=yes_no,
-        default=False,
-        help="recompute blocks in the backward pass: less memory, slower",
-    )
-    run.add_argument(
-        "--log-every", type=int, default=20, help="steps between log lines; a stop is agreed on at these"
-    )
-    run.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
-    run.add_argument(
-        "--keep", type=int, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: the last alone"
-    )
-    run.add_argument(
-        "--bench", action=yes_no, default=False, help="measure input pipeline and step, then stop"
-    )
-    run.add_argument(
-        "--tensorboard",
-        action=yes_no,
-        default=False,
-        help="also write TensorBoard's log (pip install tensorboard)",
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
+    # fmt: off
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", metavar="DIR", help="folder of images, at any depth; default: drawn scenes, a tiny model")
+    g.add_argument("--val", metavar="DIR", help="folder of held-out images; default: a part of --data")
+    g.add_argument("--val-images", type=int, default=500, help="held-out images, at most a tenth of --data")
+    g.add_argument("--scenes", type=int, default=1280, help="drawn scenes to train on, without --data")
+    g.add_argument("--cache-list", metavar="FILE", help="keep the list of images here: for folders of millions")
+    g.add_argument("--workers", type=int, help="loader processes per device; default: its share of the cores")
+    g = parser.add_argument_group("views")
+    g.add_argument("--image-size", type=int, default=224, help="side of the reference and the random query, pixels")
+    g.add_argument("--focal-size", type=int, default=96, help="side of the focal queries, pixels")
+    g.add_argument("--focal", type=int, default=9, help="focal queries per image; fewer is faster")
+    g.add_argument("--query-tokens", type=int, help="encoded tokens of the random query; default: 5 of 14")
+    g.add_argument("--large-area", type=float, nargs=2, default=[0.32, 1.0], help="reference's share of the image")
+    g.add_argument("--focal-area", type=float, nargs=2, default=[0.05, 0.32], help="focal query's share of the image")
+    g.add_argument("--blur", **yes_no, help="blur as the paper means it; the released code never blurs")
+    g = parser.add_argument_group("method")
+    g.add_argument("--model", default="B/16", choices=list(loca.SIZES), help="size; the next flags change parts of it")
+    g.add_argument("--patch-size", type=int, help="side of a patch, pixels; smaller for small images")
+    g.add_argument("--dim", type=int, help="width")
+    g.add_argument("--depth", type=int, help="blocks")
+    g.add_argument("--heads", type=int, help="attention heads")
+    g.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
+    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
+    g.add_argument("--prototypes", type=int, default=4096, help="clusters of the feature loss; fewer for small data")
+    g.add_argument("--head-hidden", type=int, default=2048, help="hidden width of the projection head")
+    g.add_argument("--bottleneck", type=int, default=256, help="width in which features meet prototypes")
+    g.add_argument("--masking-ratio", type=float, default=0.8, help="eta, share of reference tokens that are hidden")
+    g.add_argument("--masking", default="consecutive", choices=["consecutive", "first", "unstructured"], help="kind")
+    g.add_argument("--student-temperature", type=float, default=0.1, help="of the student's cluster prediction")
+    g.add_argument("--teacher-temperature", type=float, default=0.05, help="of the targets; higher if they collapse")
+    g.add_argument("--position-weight", type=float, default=1.0, help="0: feature loss alone")
+    g.add_argument("--feature-weight", type=float, default=1.0, help="0: position loss alone, without a teacher")
+    g.add_argument("--single-image", **yes_no, help="for comparison: a view predicts its own positions, no reference")
+    g = parser.add_argument_group("training")
+    g.add_argument("--epochs", type=int, default=100, help="passes over the images")
+    g.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
+    g.add_argument("--batch", type=int, default=1024, help="images per step, over all devices and micro-batches")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory; Sinkhorn sees one")
+    g.add_argument("--lr", type=float, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024")
+    g.add_argument("--warmup-epochs", type=float, default=15.0, help="epochs of linear warm-up, half the run at most")
+    g.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices alone")
+    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    g.add_argument("--momentum", type=float, default=0.996, help="the teacher's, rising to 1; lower for short runs")
+    g.add_argument("--seed", type=int, default=0, help="of everything random")
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run that is in it goes on")
+    g.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    g.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
+    g.add_argument("--compile", **yes_no, help="torch.compile the step: slow start, faster on GPUs")
+    g.add_argument("--grad-checkpoint", **yes_no, help="recompute blocks in the backward pass: less memory, slower")
+    g.add_argument("--log-every", type=int, default=20, help="steps between log lines; processes agree to stop there")
+    g.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
+    g.add_argument("--keep", type=int, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: the last alone")
+    g.add_argument("--tensorboard", **yes_no, help="also write TensorBoard's log (pip install tensorboard)")
+    g.add_argument("--bench", **yes_no, help="measure the input pipeline and the step at these settings, then stop")
+    # fmt: on
     return parser
 
 

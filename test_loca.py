@@ -1097,7 +1097,14 @@ def whole_run(tmp_path_factory):
 
 def test_run_folder(whole_run):
     names = {p.name for p in whole_run.iterdir()}
-    assert names == {"settings.json", "metrics.jsonl", "last.pt", "encoder.pt", "predictions.png"}
+    assert names == {
+        "settings.json",
+        "metrics.jsonl",
+        "last.pt",
+        "encoder.pt",
+        "predictions.png",
+        "curves.png",
+    }
     settings = json.loads((whole_run / "settings.json").read_text())
     assert settings["mean"] == list(train.MEAN) and settings["dim"] == 16
     saved = torch.load(whole_run / "last.pt", weights_only=True)
@@ -1429,3 +1436,24 @@ def test_the_command_line_names_every_flag_once():
         f"--{name.replace('_', '-')}" in text for name in settings if name not in ("world", "mean", "std")
     )
     assert train.read_settings(["--data", "x"], 1)["batch"] == 1024  # the released recipe
+
+
+def test_show_and_curves(whole_run, photos, tmp_path, capsys):
+    out = tmp_path / "picture.png"
+    images = [str(photos / "plain.png"), str(photos / "exif.jpg")]
+    assert train.main([*SMALL, "--show", str(whole_run / "last.pt"), *images, "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.height == 24 + 2 * 116 + 20 + 2 * 116
+    assert train.main([*SMALL, "--curves", str(whole_run), str(whole_run), "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (760, 440 + 32)
+        # the learning rate's line ends at the bottom right, where the schedule does
+        assert np.asarray(picture.convert("RGB"))[220 + 22 + 160 :, 700:750].min() < 100
+    for flags, said in (
+        (["--show", "nowhere.pt"], "no such checkpoint"),
+        (["--show", str(whole_run / "last.pt"), "nowhere.png"], "cannot read an image"),
+        (["--curves", str(tmp_path)], "no metrics.jsonl"),
+    ):
+        assert train.main([*SMALL, *flags, "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err
+    assert train.main([*SMALL, "--curves", str(whole_run), "--out", str(tmp_path)]) == 2

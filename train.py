@@ -7,6 +7,7 @@ seed and of the step, epoch or image it is for, so a resumed run goes on as if i
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
@@ -775,7 +776,7 @@ def duration(seconds):
 
 RUN_ONLY = {
     "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes", "keep", "tensorboard",
-    "cache_list", "accumulate", "bench", "world",
+    "cache_list", "accumulate", "bench", "show", "curves", "world",
 }  # fmt: skip  # settings that a resumed run may change
 
 
@@ -1085,6 +1086,7 @@ class Run:
                     self.model, self.teacher, self.val_images, self.s, self.processes.device
                 )
                 picture.save(self.out / "predictions.png")
+            draw_curves([self.out]).save(self.out / "curves.png")
             self.saved_at = time.monotonic()
 
     def finish(self):
@@ -1093,7 +1095,7 @@ class Run:
         if self.accuracy is not None:
             times = self.accuracy * self.model.positions
             say(f"held-out position accuracy {self.accuracy:.2%}, {times:.1f} times chance")
-        say(f"{self.out}: last.pt, encoder.pt (timm's names), predictions.png, metrics.jsonl, settings.json")
+        say(f"{self.out}: last.pt, encoder.pt (timm's names), predictions.png, curves.png, metrics.jsonl")
         say(
             "next: python finetune_seg.py"
             + (f" --data NAME:DIR --init {self.out}/last.pt" if s["data"] else "")
@@ -1241,6 +1243,120 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
                 _paint(view, side, np.where(true < 0, -1, said), palette, said == true), (x + 2 * side, y)
             )
     return sheet
+
+
+def draw_curves(folders):
+    """Losses, held-out accuracy and learning rate of one or more run folders over their epochs, laid over each
+    other: lines in training, dots held out, dashes the chance level. Raises Problem for a folder without a log."""
+    runs = []
+    for folder in folders:
+        path = Path(folder) / "metrics.jsonl"
+        if not path.exists():
+            raise Problem(f"--curves {folder}: there is no metrics.jsonl in it")
+        settings = json.loads((Path(folder) / "settings.json").read_text())
+        runs.append((str(folder), settings, [json.loads(line) for line in path.read_text().splitlines()]))
+    positions = (runs[0][1]["image_size"] // runs[0][1]["patch_size"]) ** 2
+    panels = [
+        ("position loss", "position_loss", "val_position_loss", math.log(positions)),
+        ("cluster loss", "cross_entropy", None, math.log(max(runs[0][1]["prototypes"], 1))),
+        ("position accuracy", "position_accuracy", "val_position_accuracy", 1 / positions),
+        ("learning rate", "lr", None, None),
+    ]
+    inks = ((30, 90, 200), (220, 90, 30), (30, 150, 70), (160, 60, 170), (120, 110, 20), (90, 90, 90))
+    width, height, margin = 380, 220, 46
+    sheet = Image.new("RGB", (2 * width, 2 * height + 16 * len(runs)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, *_) in enumerate(runs):
+        pen.text((margin, 2 * height + 16 * i), name, fill=inks[i % len(inks)])
+    for k, (title, line, dots, chance) in enumerate(panels):
+        left, top = k % 2 * width + margin, k // 2 * height + 22
+        right, bottom = left + width - margin - 12, top + height - 48
+        values = [r[name] for *_, records in runs for r in records for name in (line, dots) if name in r]
+        values += [chance] if chance is not None else []
+        low, high = min(values, default=0), max(values, default=1)
+        last = max((r["epoch"] for *_, records in runs for r in records), default=1)
+        pen.rectangle((left, top, right, bottom), outline=(200, 200, 200))
+        pen.text((left, top - 14), title, fill="black")
+        for value, y in ((high, top), (low, bottom - 10)):
+            pen.text((left - 42, y), f"{value:.3g}", fill=(90, 90, 90))
+        pen.text((right - 60, bottom + 3), f"epoch {last:.0f}", fill=(90, 90, 90))
+
+        def at(epoch, value, left=left, right=right, top=top, bottom=bottom, low=low, high=high, last=last):
+            share = (value - low) / max(high - low, 1e-12)
+            return left + (right - left) * epoch / last, bottom - (bottom - top) * share
+
+        if chance is not None:
+            y = at(0, chance)[1]
+            for x in range(left, right, 10):
+                pen.line((x, y, x + 5, y), fill=(150, 150, 150))
+        for i, (*_, records) in enumerate(runs):
+            ink = inks[i % len(inks)]
+            pen.line([at(r["epoch"], r[line]) for r in records if line in r], fill=ink)
+            for x, y in (at(r["epoch"], r[dots]) for r in records if dots in r):
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=ink)
+    return sheet
+
+
+@torch.no_grad()
+def feature_colours(encoders, image, side, device):
+    """The three main components of each encoder's patch features of one uint8 image [3, H, W], as colours."""
+    pictures = []
+    for encoder in encoders:
+        patch = encoder.patch_size
+        scale = 16 * patch / min(image.shape[1:])
+        size = [max(1, round(n * scale / patch)) * patch for n in image.shape[1:]]
+        view = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True).to(device)
+        tokens = encoder.eval()(plain_colours(view))[0].float().cpu()
+        tokens = tokens - tokens.mean(0)
+        parts = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T  # n,3
+        parts = parts * parts.pow(3).sum(0).sign()  # a component's sign means nothing: fix it
+        low, high = parts.quantile(0.02, 0), parts.quantile(0.98, 0)
+        parts = ((parts - low) / (high - low)).clamp(0, 1).mul(255).byte()
+        grid = parts.view(size[0] // patch, size[1] // patch, 3).numpy()
+        pictures.append(
+            Image.fromarray(grid).resize((side * grid.shape[1] // grid.shape[0], side), Image.NEAREST)
+        )
+    return pictures
+
+
+def show(checkpoint, names, s, processes):
+    """Predicted positions of any images' patches, and their features in false colours (the checkpoint's encoder
+    beside one of random weights), as one picture in --out."""
+    if not Path(checkpoint).is_file():
+        raise Problem(f"--show {checkpoint}: there is no such checkpoint")
+    saved = load_file(checkpoint)
+    trained = {**saved["settings"], "grad_checkpoint": False}
+    set_seed(trained["seed"])
+    model = build(trained)
+    scratch = copy.deepcopy(model.encoder).to(processes.device)
+    model.load_state_dict(saved["model"])
+    model.to(processes.device)
+    teacher = loca.make_teacher(model) if "teacher" in saved else None
+    if teacher is not None:
+        teacher.load_state_dict(saved["teacher"])
+    images = Folder("", Files([os.fsencode(name) for name in names])) if names else Scenes(6, first=10**6)
+    try:
+        pixels = [images.image(i) for i in range(len(images))]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Problem(f"--show: cannot read an image: {error}") from error
+    sheet = draw_predictions(model, teacher, images, trained, processes.device, count=len(images))
+    rows = [
+        feature_colours([scratch, (teacher or model).encoder], image, 112, processes.device)
+        for image in pixels
+    ]
+    for image, row in zip(pixels, rows):
+        row.insert(0, _picture(image).resize(row[0].size, Image.BICUBIC))
+    widths = [sum(picture.width + 4 for picture in row) for row in rows]
+    whole = Image.new("RGB", (max(sheet.width, *widths), sheet.height + 20 + 116 * len(rows)), "white")
+    whole.paste(sheet)
+    text = "photograph | features in false colours: random weights | this checkpoint"
+    ImageDraw.Draw(whole).text((4, sheet.height + 4), text, fill="black")
+    for i, row in enumerate(rows):
+        x = 0
+        for picture in row:
+            whole.paste(picture, (x, sheet.height + 20 + 116 * i))
+            x += picture.width + 4
+    return whole
 
 
 # ----------------------------------------------------------------------------------------------- bench
@@ -1422,6 +1538,9 @@ def make_parser():
     g.add_argument("--keep", type=int, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: the last alone")
     g.add_argument("--tensorboard", **yes_no, help="also write TensorBoard's log (pip install tensorboard)")
     g.add_argument("--bench", **yes_no, help="measure the input pipeline and the step at these settings, then stop")
+    g = parser.add_argument_group("pictures, instead of training; written to --out FILE.png")
+    g.add_argument("--show", nargs="+", metavar="FILE", help="CHECKPOINT IMAGE...: predicted positions, features in false colours")
+    g.add_argument("--curves", nargs="+", metavar="RUN", help="losses and accuracy of run folders, laid over each other")
     # fmt: on
     return parser
 
@@ -1504,6 +1623,17 @@ def read_settings(arguments, processes_world):
     return s
 
 
+def draw(s, processes):
+    """Write the picture that --show or --curves asks for to --out."""
+    if not s["out"].lower().endswith(".png"):
+        raise Problem(f"--out {s['out']}: give the name of a .png file for the picture")
+    picture = show(s["show"][0], s["show"][1:], s, processes) if s["show"] else draw_curves(s["curves"])
+    Path(s["out"]).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(s["out"])
+    print(f"{s['out']}: {picture.width} x {picture.height} pixels")
+    return 0
+
+
 def main(arguments=None):
     try:
         s = read_settings(arguments, int(os.environ.get("WORLD_SIZE", "1")))
@@ -1513,6 +1643,8 @@ def main(arguments=None):
             s["workers"] = max(
                 1, min(12, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             )
+        if s["show"] or s["curves"]:
+            return draw(s, processes)
         return bench(s, processes) if s["bench"] else pretrain(s, processes)
     except Problem as problem:
         print(f"train.py: {problem}", file=sys.stderr, flush=True)

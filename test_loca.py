@@ -1164,6 +1164,21 @@ def test_killed_while_it_runs(whole_run, tmp_path):
     assert equal(weights(tmp_path), weights(whole_run))
 
 
+def test_a_signal_to_the_whole_process_group(whole_run, tmp_path):
+    """As terminals and schedulers send it: the workers ignore it, the run saves and says that it can go on."""
+    command = [sys.executable, str(HERE / "train.py"), *SMALL, "--workers", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == train.REQUEUE and "asked to stop: saved" in rest
+    assert run_train(tmp_path).returncode == 0
+    assert metrics(tmp_path) == metrics(whole_run)
+    assert equal(weights(tmp_path), weights(whole_run))
+
+
 def test_two_processes_and_another_number_of_them(tmp_path):
     result = run_train(tmp_path, processes=2)
     assert result.returncode == 0, result.stderr

@@ -453,6 +453,12 @@ class Order:
                 yield [(epoch, int(number)) for number in part]
 
 
+def ignore_signals(worker):
+    """A stop is the main process's to handle, though schedulers and terminals send it to the whole group."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset, order, workers, device):
     """Batches in the given order, collated in worker processes."""
     return DataLoader(
@@ -461,6 +467,7 @@ def make_loader(dataset, order, workers, device):
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_signals,
     )
 
 

@@ -327,11 +327,18 @@ class LOCA(nn.Module):
         part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and target_entropy (0..ln P),
         which show a collapse.
         """
-        queries, context, targets, reference = self.encode(views, teacher, visible, keep)
+        context, tokens = self.encode_reference(views, teacher, visible)
+        clusters = None if teacher is None else self.assign_clusters(tokens, teacher)
+        if self.single_image:
+            queries, targets = (
+                tokens,
+                torch.arange(self.positions, device=tokens.device).expand(len(tokens), -1),
+            )
+        else:
+            queries, targets = self.encode_queries(views, keep, position=teacher is not None)
         position, accuracy = position_loss(self.predictor(queries, context), targets)
         feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
-        if reference is not None:
-            clusters = self.assign_clusters(reference, teacher)
+        if clusters is not None:
             feature, cross_entropy, perplexity = feature_loss(
                 self.head(queries),
                 self.head.normalised_prototypes(),
@@ -350,29 +357,21 @@ class LOCA(nn.Module):
             "target_entropy": entropy,
         }
 
-    def encode(self, views, teacher=None, visible=None, keep=None):
-        """Tokens that the losses compare, arguments as in forward -> query tokens [B, T, D], the reference
-        tokens they see [B, K, D], their targets [B, T], and the teacher's reference tokens [B, N, D] or None
-        without a teacher."""
+    def encode_reference(self, views, teacher=None, visible=None):
+        """The reference tokens that queries see [B, K, D], and all of them [B, N, D], the teacher's if there
+        is one; None where the hidden ones were never encoded. Arguments as in forward."""
         reference = views["reference"]
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
             visible = choose_tokens(self.positions, self.visible_tokens, kind, reference.device)
         if self.single_image:
             tokens = self.encoder(reference, position=False, attend=visible)  # B,N,D
-            targets = torch.arange(self.positions, device=reference.device).expand(len(reference), -1)  # B,N
-            return tokens, take(tokens, visible), targets, None
-        if keep is None:
-            keep = choose_tokens(self.positions, self.query_tokens, "unstructured", reference.device)
-        targets = torch.cat(
-            [take(views["query_targets"], keep), views["focal_targets"].flatten(1)], dim=1
-        )  # B,T
-        queries = self._encode_queries(views, keep, position=teacher is not None)  # B,T,D
-        if teacher is None:
-            return queries, self.encoder(reference, keep=visible), targets, None
-        with torch.no_grad():
-            tokens = teacher.encoder(reference)  # B,N,D
-        return queries, take(tokens, visible), targets, tokens
+        elif teacher is None:
+            return self.encoder(reference, keep=visible), None
+        else:
+            with torch.no_grad():
+                tokens = teacher.encoder(reference)  # B,N,D
+        return take(tokens, visible), tokens
 
     @torch.no_grad()
     def assign_clusters(self, tokens, teacher):
@@ -380,15 +379,18 @@ class LOCA(nn.Module):
         codes = teacher.head(tokens) @ teacher.head.normalised_prototypes().T  # B,N,P
         return sinkhorn(codes.flatten(0, 1).float(), self.teacher_temperature).unflatten(0, tokens.shape[:2])
 
-    def _encode_queries(self, views, keep, position):
-        """All query tokens of an image side by side, [B, T, D]: the random query's, then each focal
-        query's."""
-        tokens = self.encoder(views["query"], keep=keep, position=position)  # B,K,D
-        focal = views["focal"]
+    def encode_queries(self, views, keep=None, position=True):
+        """All query tokens of an image side by side, the random query's, then each focal query's [B, T, D],
+        and their targets [B, T]. keep as in forward; position: add the position embedding."""
+        focal, targets = views["focal"], views["query_targets"]
+        if keep is None:
+            keep = choose_tokens(self.positions, self.query_tokens, "unstructured", targets.device)
+        tokens, targets = self.encoder(views["query"], keep=keep, position=position), take(targets, keep)
         if focal.shape[1] == 0:
-            return tokens
+            return tokens, targets
         focal_tokens = self.encoder(focal.flatten(0, 1), position=position)  # BF,n,D
-        return torch.cat([tokens, focal_tokens.unflatten(0, focal.shape[:2]).flatten(1, 2)], dim=1)
+        tokens = torch.cat([tokens, focal_tokens.unflatten(0, focal.shape[:2]).flatten(1, 2)], dim=1)  # B,T,D
+        return tokens, torch.cat([targets, views["focal_targets"].flatten(1)], dim=1)
 
 
 # -------------------------------------------------------------------------------------- correspondence

@@ -1220,7 +1220,9 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
     set_seed(s["seed"])
     everything = torch.arange(model.positions, device=device)
-    queries, context, targets, _ = model.encode(to_views(batch, s, augment=False), teacher, keep=everything)
+    views = to_views(batch, s, augment=False)
+    context, _ = model.encode_reference(views, teacher)
+    queries, targets = model.encode_queries(views, everything, position=teacher is not None)
     predicted, targets = model.predictor(queries, context).argmax(-1).cpu().numpy(), targets.cpu().numpy()
     for module in modules:
         module.train()

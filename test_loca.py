@@ -1410,6 +1410,7 @@ def test_checkpoints_are_never_half_written(tmp_path, monkeypatch):
         ("--large-area 0.5 0.2", "--large-area 0.5 0.2"),
         ("--momentum 1.5", "--momentum 1.5"),
         ("--drop-path 1", "--drop-path 1"),
+        ("--position-std 0", "--position-std 0"),
         ("--epochs 0", "--epochs 0"),
         ("--steps 0", "--steps 0"),
         ("--focal -1", "--focal -1"),

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -793,6 +794,8 @@ def build(s):
         s["image_size"], s["patch_size"], s["dim"], s["depth"], s["heads"], s["mlp_dim"], s["drop_path"]
     )
     encoder.grad_checkpoint = s["grad_checkpoint"]
+    if s["position_std"]:
+        nn.init.normal_(encoder.pos_embed, std=s["position_std"])
     names = (
         "head_hidden", "bottleneck", "masking_ratio", "masking", "query_tokens", "student_temperature",
         "teacher_temperature", "position_weight", "feature_weight", "single_image",
@@ -1514,6 +1517,7 @@ def make_parser():
     g.add_argument("--depth", type=int, help="blocks")
     g.add_argument("--heads", type=int, help="attention heads")
     g.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
+    g.add_argument("--position-std", type=float, help="initial position embedding; default: width ** -0.5; 1 for short runs")
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
     g.add_argument("--prototypes", type=int, default=4096, help="clusters of the feature loss; fewer for small data")
     g.add_argument("--head-hidden", type=int, default=2048, help="hidden width of the projection head")
@@ -1612,6 +1616,10 @@ def read_settings(arguments, processes_world):
     ):
         check(s[name] >= 0, f"--{name.replace('_', '-')} {s[name]}: it is not to be below 0")
     check(s["steps"] is None or s["steps"] > 0, f"--steps {s['steps']}: it is to be above 0")
+    check(
+        s["position_std"] is None or s["position_std"] > 0,
+        f"--position-std {s['position_std']}: it is to be above 0",
+    )
     check(0 <= s["momentum"] <= 1, f"--momentum {s['momentum']}: it is to lie in 0..1")
     check(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
     check(

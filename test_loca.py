@@ -354,7 +354,10 @@ def test_attending_to_some_tokens_only():
     torch.manual_seed(0)
     attention, x = loca.Attention(24, 3), torch.randn(2, 10, 24)
     q, k, v = attention.qkv(x).chunk(3, -1)
-    split = lambda t: t.view(2, 10, 3, 8).transpose(1, 2)
+
+    def split(t):
+        return t.view(2, 10, 3, 8).transpose(1, 2)
+
     scores = split(q) @ split(k).transpose(-1, -2) / math.sqrt(8)
     hidden = torch.ones(10, dtype=torch.bool)
     hidden[[1, 4, 6]] = False
@@ -692,7 +695,10 @@ def test_foreign_weights(tmp_path, wrap):
 def test_weights_that_do_not_fit(tmp_path):
     state, own = foreign_vit(class_token=False), loca.ViT(32, 8, 24, 3, 3, 48)
     before = {k: v.clone() for k, v in own.state_dict().items()}
-    prefixed = lambda s: {f"encoder.{k}": v for k, v in s.items()}
+
+    def prefixed(s):
+        return {f"encoder.{k}": v for k, v in s.items()}
+
     with pytest.raises(ValueError, match="missing: blocks.2"):
         loca.load_encoder(own, prefixed(state))
     with pytest.raises(ValueError, match="left over: blocks.1"):
@@ -977,7 +983,10 @@ def test_targets_follow_the_pixels():
     dataset = train.Views(Source(), s)
     batch = torch.utils.data.default_collate([dataset[e, 0] for e in range(16)])
     views = train.to_views(batch, s, augment=False)
-    patches = lambda x: F.avg_pool2d(x[..., :2, :, :].flatten(0, -4).float(), 8)
+
+    def patches(x):
+        return F.avg_pool2d(x[..., :2, :, :].flatten(0, -4).float(), 8)
+
     places = patches(views["reference"]).flatten(2)  # B,2,N
     for name in ("query", "focal"):
         images, targets = views[name], views[f"{name}_targets"]
@@ -1016,46 +1025,11 @@ def test_schedules_and_groups():
 
 # ---------------------------------------------------------------------------------------------- runs
 
-SMALL = [
-    "--scenes",
-    "12",
-    "--val-images",
-    "4",
-    "--batch",
-    "4",
-    "--epochs",
-    "2",
-    "--image-size",
-    "32",
-    "--focal-size",
-    "16",
-    "--focal",
-    "2",
-    "--patch-size",
-    "8",
-    "--dim",
-    "16",
-    "--depth",
-    "1",
-    "--heads",
-    "2",
-    "--mlp-dim",
-    "16",
-    "--prototypes",
-    "8",
-    "--head-hidden",
-    "8",
-    "--bottleneck",
-    "4",
-    "--precision",
-    "float32",
-    "--device",
-    "cpu",
-    "--workers",
-    "0",
-    "--log-every",
-    "2",
-]
+SMALL = """
+    --scenes 12 --val-images 4 --batch 4 --epochs 2 --image-size 32 --focal-size 16 --focal 2
+    --patch-size 8 --dim 16 --depth 1 --heads 2 --mlp-dim 16 --prototypes 8 --head-hidden 8 --bottleneck 4
+    --precision float32 --device cpu --workers 0 --log-every 2
+""".split()
 TIMES = ("images_per_second", "waiting", "memory_gib")
 
 
@@ -1195,58 +1169,14 @@ def test_two_processes_and_another_number_of_them(tmp_path):
 
 def test_accumulation_and_options_run(tmp_path, photos):
     """Every option that a run can have, in two runs; the teacher, schedule and clipping go once per step."""
-    flags = [
-        "--accumulate",
-        "2",
-        "--compile",
-        "--grad-checkpoint",
-        "--blur",
-        "--keep",
-        "1",
-        "--clip",
-        "0",
-        "--tensorboard",
-        "--masking",
-        "unstructured",
-    ]
-    flags += [
-        "--query-tokens",
-        "3",
-        "--masking-ratio",
-        "0.5",
-        "--student-temperature",
-        "0.2",
-        "--teacher-temperature",
-        "0.1",
-        "--seed",
-        "5",
-    ]
-    flags += [
-        "--model",
-        "Ti/16",
-        "--weight-decay",
-        "0.2",
-        "--momentum",
-        "0.9",
-        "--lr",
-        "0.01",
-        "--warmup-epochs",
-        "1",
-        "--drop-path",
-        "0.2",
-    ]
-    flags += f"--data {photos} --val {photos} --cache-list {tmp_path / 'list.npz'} --large-area 0.5 1".split()
-    flags += [
-        "--focal-area",
-        "0.1",
-        "0.3",
-        "--save-minutes",
-        "5",
-        "--position-weight",
-        "0.5",
-        "--feature-weight",
-        "2",
-    ]
+    options = f"""
+        --accumulate 2 --compile --grad-checkpoint --blur --keep 1 --clip 0 --tensorboard --masking unstructured
+        --query-tokens 3 --masking-ratio 0.5 --student-temperature 0.2 --teacher-temperature 0.1 --seed 5
+        --model Ti/16 --weight-decay 0.2 --momentum 0.9 --lr 0.01 --position-std 1 --warmup-epochs 1 --drop-path 0.2
+        --data {photos} --val {photos} --cache-list {tmp_path / "list.npz"} --large-area 0.5 1
+        --focal-area 0.1 0.3 --save-minutes 5 --position-weight 0.5 --feature-weight 2
+    """
+    flags = options.split()
     pytest.importorskip("tensorboard")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda model: torch._dynamo.optimize("eager")(model))

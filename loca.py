@@ -134,7 +134,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with timm's parameter names (SPEC: paper section 3, released code).
+    """Vision transformer with timm's parameter names (paper section 3, released code).
 
     image_size: pixels, one number or (height, width), for which the position embedding is made; any size that
     `patch_size` divides can be passed to forward. drop_path: rate of the last block, rising linearly from 0.
@@ -284,21 +284,10 @@ class LOCA(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder,
-        prototypes=4096,
-        head_hidden=2048,
-        bottleneck=256,
-        *,
-        masking_ratio=0.8,
-        masking="consecutive",
-        query_tokens=None,
-        student_temperature=0.1,
-        teacher_temperature=0.05,
-        position_weight=1.0,
-        feature_weight=1.0,
+        self, encoder, prototypes=4096, head_hidden=2048, bottleneck=256, *, masking_ratio=0.8, masking="consecutive",
+        query_tokens=None, student_temperature=0.1, teacher_temperature=0.05, position_weight=1.0, feature_weight=1.0,
         single_image=False,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.encoder = encoder
         positions = encoder.grid[0] * encoder.grid[1]
@@ -330,10 +319,8 @@ class LOCA(nn.Module):
         context, tokens = self.encode_reference(views, teacher, visible)
         clusters = None if teacher is None else self.assign_clusters(tokens, teacher)
         if self.single_image:
-            queries, targets = (
-                tokens,
-                torch.arange(self.positions, device=tokens.device).expand(len(tokens), -1),
-            )
+            queries = tokens
+            targets = torch.arange(self.positions, device=tokens.device).expand(len(tokens), -1)  # B,N
         else:
             queries, targets = self.encode_queries(views, keep, position=teacher is not None)
         position, accuracy = position_loss(self.predictor(queries, context), targets)
@@ -403,7 +390,7 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
     reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], the
     query was mirrored left-right. view: the query's side in pixels; grid, reference_grid: patches along a
     side. Returns long [..., grid * grid], the reference position row * reference_grid + column, or -1 where
-    the query patch lies outside the reference. SPEC: released code; all steps in integers.
+    the query patch lies outside the reference. All steps in integers, as the released pipeline rounds.
     """
     pixel = (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)  # grid
 
@@ -573,9 +560,8 @@ def published_to_state_dict(flat):
     def norm(ours, theirs):
         state[f"{ours}.weight"], state[f"{ours}.bias"] = get(f"{theirs}/scale"), get(f"{theirs}/bias")
 
-    def linear(
-        ours, *theirs, inputs=1
-    ):  # kernels are (in, out); heads make (in, heads, width) or (heads, width, out)
+    def linear(ours, *theirs, inputs=1):
+        # kernels are (in, out), in attention (in, heads, head width) or (heads, head width, out)
         kernels = [get(f"{name}/kernel") for name in theirs]
         state[f"{ours}.weight"] = torch.cat([k.flatten(inputs).flatten(0, inputs - 1).T for k in kernels])
         if f"{theirs[0]}/bias" in left:
@@ -586,9 +572,7 @@ def published_to_state_dict(flat):
         linear(f"{ours}.fc2", f"{theirs}/MlpBlock_0/Dense_1")
 
     embedding = "ToTokenSequence_0/embedding"
-    state["encoder.patch_embed.proj.weight"] = get(f"{embedding}/kernel").permute(
-        3, 2, 0, 1
-    )  # h,w,in,out -> out,in,h,w
+    state["encoder.patch_embed.proj.weight"] = get(f"{embedding}/kernel").permute(3, 2, 0, 1)  # out,in,h,w
     state["encoder.patch_embed.proj.bias"] = get(f"{embedding}/bias")
     position = get("ToTokenSequence_0/posembed_input")
     state["encoder.pos_embed"] = position.reshape(1, -1, position.shape[-1])  # 1,N,D
@@ -628,21 +612,7 @@ def _some(names, most=6):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        "float32",
-        "float64",
-        "float16",
-        "bfloat16",
-        "int32",
-        "int64",
-        "uint8",
-        "int8",
-        "uint32",
-        "bool",
-    )
-}
+_DTYPES = "float32 float64 float16 bfloat16 int32 int64 uint8 int8 uint32 bool".split()
 
 
 def _read_published(data, branch):
@@ -658,12 +628,12 @@ def _read_published(data, branch):
         shape, dtype, buffer = msgpack.unpackb(payload)
         if dtype not in _DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise ValueError(f"an array of type {dtype!r} and shape {shape!r}")
-        if math.prod(shape) * _DTYPES[dtype].itemsize != len(buffer):
+        kind = getattr(torch, dtype)
+        if math.prod(shape) * kind.itemsize != len(buffer):
             raise ValueError(f"an array of shape {shape} and type {dtype} in {len(buffer)} bytes")
-        empty = not len(buffer)
         return (
-            torch.empty(0) if empty else torch.frombuffer(bytearray(buffer), dtype=_DTYPES[dtype])
-        ).reshape(shape)
+            torch.frombuffer(bytearray(buffer), dtype=kind).reshape(shape) if buffer else torch.empty(shape)
+        )
 
     def leaves(tree, prefix=""):
         for name, value in tree.items():
@@ -710,12 +680,9 @@ def load_weights(path, branch="student"):
 def _find_vit(tree, branch):
     """The ViT in a nested state dict, whatever wraps it, with 'encoder.' before its timm names."""
     wanted = "patch_embed.proj.weight"
-    trees = [tree]
-    if isinstance(tree, dict):
-        trees = [
-            tree[key] for key in (branch, "model", "state_dict", "teacher", "student") if key in tree
-        ] + [tree]
-    for state in trees:
+    names = (branch, "model", "state_dict", "teacher", "student")
+    inner = [tree[name] for name in names if name in tree] if isinstance(tree, dict) else []
+    for state in [*inner, tree]:
         ends = [key for key in state if str(key).endswith(wanted)] if isinstance(state, dict) else []
         if ends:
             prefix = ends[0][: -len(wanted)]

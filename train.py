@@ -362,7 +362,7 @@ class Scenes:
 
 def random_box(height, width, area, rng):
     """A random crop of an image, (top, left, height, width): its share of the image's area drawn from `area`,
-    its aspect ratio from 0.75..1.33; the whole image after 100 tries (SPEC: released pipeline)."""
+    its aspect ratio from 0.75..1.33; the whole image after 100 tries (released pipeline)."""
     for _ in range(100):
         pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
@@ -552,7 +552,7 @@ def colours(views, solarize=0.0, blur_probability=0.0):
     float32.
 
     Jitter with values clipped to 0..1 after each operation, greyscale with probability 0.2, blur and
-    solarisation with the given ones (SPEC: released pipeline). No value goes back to the host. On the CPU as
+    solarisation with the given ones (released pipeline). No value goes back to the host. On the CPU as
     many views at a time as its cache holds.
     """
     device, shape = views.device, views.shape
@@ -613,8 +613,7 @@ def to_views(batch, s, augment=True):
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Linear from 0 over `warmup` steps, then a cosine to 1 % of the peak at the last step (SPEC section
-    5)."""
+    """Linear from 0 over `warmup` steps, then a cosine to 1 % of the peak at the last step."""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)

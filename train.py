@@ -169,21 +169,20 @@ def _shade(colour, factor):
     return tuple(min(255, int(c * factor)) for c in colour)
 
 
+# fmt: off
 def _house(canvas, r, x, y, s):
     wall, roof = r.randint(120, 250, 3), (r.randint(90, 190), r.randint(40, 90), r.randint(30, 80))
     width, height = s * r.uniform(0.9, 1.5), s * r.uniform(0.6, 1.0)
-    canvas.box(
-        x + 0.7 * width, y - height - 0.45 * s, 0.1 * s, 0.4 * s, _shade(roof, 0.6), "house"
-    )  # chimney
+    canvas.box(x + 0.7 * width, y - height - 0.45 * s, 0.1 * s, 0.4 * s, _shade(roof, 0.6), "house")  # chimney
     canvas.box(x, y - height, width, height, wall, "house")
     peak = (x + width / 2, y - height - s * r.uniform(0.35, 0.6))
-    canvas.part("polygon", (x - 0.08 * s, y - height, *peak, x + width + 0.08 * s, y - height), roof, "house")
+    eaves = (x - 0.08 * s, y - height, *peak, x + width + 0.08 * s, y - height)
+    canvas.part("polygon", eaves, roof, "house")
     canvas.box(x + 0.42 * width, y - 0.4 * s, 0.18 * s, 0.4 * s, _shade(roof, 0.8), "house")  # door
     for column in (0.1, 0.72):
-        canvas.box(x + column * width, y - 0.8 * height, 0.18 * width, 0.3 * height, (60, 80, 110), "house")
-        canvas.box(
-            x + (column + 0.08) * width, y - 0.8 * height, 0.02 * width, 0.3 * height, (235,) * 3, "house"
-        )
+        at, top, tall = x + column * width, y - 0.8 * height, 0.3 * height
+        canvas.box(at, top, 0.18 * width, tall, (60, 80, 110), "house")
+        canvas.box(x + (column + 0.08) * width, top, 0.02 * width, tall, (235,) * 3, "house")
 
 
 def _tree(canvas, r, x, y, s):
@@ -194,21 +193,20 @@ def _tree(canvas, r, x, y, s):
             half, top = (0.42 - 0.1 * i) * s, y - (0.9 + 0.3 * i) * s
             points = (x - half, top + 0.5 * s, x, top, x + half, top + 0.5 * s)
             canvas.part("polygon", points, _shade(green, 0.7 + 0.1 * i), "tree")
-    else:
-        for _ in range(7):
-            radius = s * r.uniform(0.18, 0.34)
-            cx, cy = x + s * r.uniform(-0.3, 0.3), y - s * r.uniform(0.7, 1.3)
-            leaf = _shade(green, r.uniform(0.7, 1.2))
-            canvas.box(cx - radius, cy - radius, 2 * radius, 2 * radius, leaf, "tree", "ellipse")
+        return
+    for _ in range(7):
+        radius = s * r.uniform(0.18, 0.34)
+        cx, cy = x + s * r.uniform(-0.3, 0.3), y - s * r.uniform(0.7, 1.3)
+        leaf = _shade(green, r.uniform(0.7, 1.2))
+        canvas.box(cx - radius, cy - radius, 2 * radius, 2 * radius, leaf, "tree", "ellipse")
 
 
 def _car(canvas, r, x, y, s):
     paint, facing = r.randint(20, 240, 3), r.choice([-1, 1])
     canvas.box(x - 0.5 * s, y - 0.34 * s, s, 0.24 * s, paint, "car")
-    cabin = [(-0.3, -0.34), (-0.2, -0.56), (0.14, -0.56), (0.3, -0.34)]
-    canvas.part(
-        "polygon", [v for a, b in cabin for v in (x + facing * a * s, y + b * s)], _shade(paint, 0.9), "car"
-    )
+    cabin = ((-0.3, -0.34), (-0.2, -0.56), (0.14, -0.56), (0.3, -0.34))
+    outline = [v for a, b in cabin for v in (x + facing * a * s, y + b * s)]
+    canvas.part("polygon", outline, _shade(paint, 0.9), "car")
     for a in (-0.17, 0.01):
         canvas.box(x + a * s, y - 0.52 * s, 0.14 * s, 0.15 * s, (170, 205, 225), "car")
     for a in (-0.28, 0.28):
@@ -218,17 +216,11 @@ def _car(canvas, r, x, y, s):
 
 
 def _person(canvas, r, x, y, s):
-    skin, shirt, trousers = (
-        (r.randint(120, 240), r.randint(90, 180), r.randint(70, 140)),
-        r.randint(30, 250, 3),
-        (45, 50, 80),
-    )
-    stride = s * r.uniform(0.02, 0.1)
+    skin, shirt = (r.randint(120, 240), r.randint(90, 180), r.randint(70, 140)), r.randint(30, 250, 3)
+    stride, sleeve = s * r.uniform(0.02, 0.1), _shade(shirt, 0.85)
     for side in (-1, 1):
-        canvas.box(x + side * stride - 0.05 * s, y - 0.48 * s, 0.09 * s, 0.48 * s, trousers, "person")
-        canvas.box(
-            x + side * 0.15 * s - 0.03 * s, y - 0.8 * s, 0.07 * s, 0.36 * s, _shade(shirt, 0.85), "person"
-        )
+        canvas.box(x + side * stride - 0.05 * s, y - 0.48 * s, 0.09 * s, 0.48 * s, (45, 50, 80), "person")
+        canvas.box(x + side * 0.15 * s - 0.03 * s, y - 0.8 * s, 0.07 * s, 0.36 * s, sleeve, "person")
     canvas.box(x - 0.13 * s, y - 0.84 * s, 0.26 * s, 0.4 * s, shirt, "person")
     canvas.box(x - 0.08 * s, y - s, 0.16 * s, 0.17 * s, skin, "person", "ellipse")
     canvas.box(x - 0.085 * s, y - 1.01 * s, 0.17 * s, 0.07 * s, _shade(skin, 0.35), "person", "ellipse")
@@ -243,10 +235,47 @@ def _fence(canvas, r, x, y, s):
 
 
 def _lamp(canvas, r, x, y, s):
-    arm = r.choice([-1, 1]) * 0.25 * s
-    canvas.box(x - 0.025 * s, y - 1.5 * s, 0.05 * s, 1.5 * s, (70, 75, 80), "lamp")
-    canvas.box(min(x, x + arm), y - 1.5 * s, abs(arm), 0.04 * s, (70, 75, 80), "lamp")
+    arm, steel = r.choice([-1, 1]) * 0.25 * s, (70, 75, 80)
+    canvas.box(x - 0.025 * s, y - 1.5 * s, 0.05 * s, 1.5 * s, steel, "lamp")
+    canvas.box(min(x, x + arm), y - 1.5 * s, abs(arm), 0.04 * s, steel, "lamp")
     canvas.box(x + arm - 0.07 * s, y - 1.5 * s, 0.14 * s, 0.1 * s, (250, 235, 170), "lamp", "ellipse")
+
+
+def _backdrop(canvas, r, width, height, horizon):
+    """Sky with clouds, hills, grass and a road -> where cars drive."""
+    sky = (r.randint(90, 190), r.randint(140, 210), r.randint(190, 250))
+    for i in range(12):
+        colour = _shade(sky, 0.75 + 0.45 * i / 12)
+        canvas.box(0, horizon * i / 10, width, horizon / 10 + 1, colour, "sky")
+    for _ in range(r.randint(0, 5)):
+        x, y, s = r.uniform(0, width), r.uniform(0, 0.7 * horizon), height * r.uniform(0.04, 0.1)
+        for k in range(4):
+            white = (r.randint(225, 256),) * 3
+            canvas.box(x + k * s * 0.7, y - k % 2 * s * 0.3, 1.5 * s, s, white, "sky", "ellipse")
+    hill = (r.randint(70, 140), r.randint(90, 140), r.randint(90, 150))
+    for _ in range(r.randint(1, 4)):
+        x, half, top = r.uniform(0, width), width * r.uniform(0.2, 0.5), height * r.uniform(0.08, 0.25)
+        foot = horizon + 2
+        points = (x - half, foot, x - 0.3 * half, horizon - 0.8 * top, x, horizon - top, x + half, foot)
+        canvas.part("polygon", points, _shade(hill, r.uniform(0.8, 1.2)), "hill")
+    green = (r.randint(70, 130), r.randint(120, 170), r.randint(40, 80))
+    canvas.box(0, horizon, width, height, green, "grass")
+    grey, white = (r.randint(80, 140),) * 3, (225, 225, 210)
+    if r.rand() < 0.6:  # a road across
+        top, depth = horizon + (height - horizon) * r.uniform(0.3, 0.6), height * r.uniform(0.13, 0.22)
+        canvas.box(0, top, width, depth, grey, "road")
+        for k in range(8):
+            canvas.box(k * width / 7, top + 0.47 * depth, width / 14, depth * 0.06, white, "road")
+        return top + 0.9 * depth
+    x, near = width * r.uniform(0.3, 0.7), width * r.uniform(0.2, 0.4)  # a road to the horizon
+    for far, close, colour in ((width * 0.03, near, grey), (1, 4, white)):
+        edges = (x - far, horizon, x + far, horizon, x + close, height, x - close, height)
+        canvas.part("polygon", edges, colour, "road")
+    return horizon + (height - horizon) * r.uniform(0.4, 0.9)
+
+
+_THINGS = ((_house, 0.34, 3), (_tree, 0.3, 6), (_fence, 0.18, 2), (_lamp, 0.26, 2), (_person, 0.2, 4), (_car, 0.3, 3))
+# fmt: on
 
 
 def _noise(r, width, height, cell):
@@ -255,89 +284,28 @@ def _noise(r, width, height, cell):
 
 
 def draw_scene(seed, width=256, height=192):
-    """A street scene made of parts: image uint8 [H, W, 3] and labels uint8 [H, W], indices into
-    SCENE_CLASSES.
+    """A street scene of parts: image uint8 [H, W, 3] and labels uint8 [H, W], indices into SCENE_CLASSES.
 
     The same seed draws the same scene on every machine: an RNG whose stream is frozen, and integer pixels.
     """
     r = np.random.RandomState(seed)
     canvas = _Canvas(width, height)
     horizon = height * r.uniform(0.3, 0.55)
-    sky = np.array((r.randint(90, 190), r.randint(140, 210), r.randint(190, 250)))
-    bands = 12
-    for i in range(bands):
-        y = horizon * 1.2 * i / bands
-        canvas.box(0, y, width, horizon * 1.2 / bands + 1, _shade(sky, 0.75 + 0.45 * i / bands), "sky")
-    for _ in range(r.randint(0, 5)):
-        x, y, s = r.uniform(0, width), r.uniform(0, 0.7 * horizon), height * r.uniform(0.04, 0.1)
-        for k in range(4):
-            canvas.box(
-                x + k * s * 0.7,
-                y - (k % 2) * s * 0.3,
-                1.5 * s,
-                s,
-                (r.randint(225, 256),) * 3,
-                "sky",
-                "ellipse",
-            )
-    hill = (r.randint(70, 140), r.randint(90, 140), r.randint(90, 150))
-    for _ in range(r.randint(1, 4)):
-        x, half, top = r.uniform(0, width), width * r.uniform(0.2, 0.5), height * r.uniform(0.08, 0.25)
-        points = (
-            x - half,
-            horizon + 2,
-            x - 0.3 * half,
-            horizon - 0.8 * top,
-            x,
-            horizon - top,
-            x + half,
-            horizon + 2,
-        )
-        canvas.part("polygon", points, _shade(hill, r.uniform(0.8, 1.2)), "hill")
-    canvas.box(
-        0, horizon, width, height, (r.randint(70, 130), r.randint(120, 170), r.randint(40, 80)), "grass"
-    )
-    grey = r.randint(80, 140)
-    if r.rand() < 0.6:  # a road across
-        top, depth = horizon + (height - horizon) * r.uniform(0.3, 0.6), height * r.uniform(0.13, 0.22)
-        canvas.box(0, top, width, depth, (grey,) * 3, "road")
-        for k in range(8):
-            canvas.box(k * width / 7, top + 0.47 * depth, width / 14, depth * 0.06, (225, 225, 210), "road")
-        lane = top + 0.9 * depth
-    else:  # a road to the horizon
-        x, far, near = width * r.uniform(0.3, 0.7), width * 0.03, width * r.uniform(0.2, 0.4)
-        canvas.part(
-            "polygon",
-            (x - far, horizon, x + far, horizon, x + near, height, x - near, height),
-            (grey,) * 3,
-            "road",
-        )
-        canvas.part(
-            "polygon", (x - 1, horizon, x + 1, horizon, x + 4, height, x - 4, height), (225, 225, 210), "road"
-        )
-        lane = horizon + (height - horizon) * r.uniform(0.4, 0.9)
-    things = [
-        (_house, 0.34, 3),
-        (_tree, 0.3, 6),
-        (_fence, 0.18, 2),
-        (_lamp, 0.26, 2),
-        (_person, 0.2, 4),
-        (_car, 0.3, 3),
-    ]
-    placed = []
-    for draw, size, most in things:
+    ground = height - horizon
+    lane, placed = _backdrop(canvas, r, width, height, horizon), []
+    for draw, size, most in _THINGS:
         for _ in range(r.randint(0, most + 1)):
             depth = r.uniform(0.08, 1)
-            y = lane if draw is _car and r.rand() < 0.7 else horizon + (height - horizon) * depth
+            y = lane if draw is _car and r.rand() < 0.7 else horizon + ground * depth
             placed.append((y, draw, r.uniform(0, width), size))
     for y, draw, x, size in sorted(placed, key=lambda thing: thing[0]):  # far things first
-        draw(canvas, r, x, y, height * size * (0.35 + 0.9 * (y - horizon) / (height - horizon)))
+        draw(canvas, r, x, y, height * size * (0.35 + 0.9 * (y - horizon) / ground))
     picture, labels = canvas.pictures
     image = np.asarray(picture.reduce(2), np.int32)
     labels = np.asarray(labels.resize((width, height), Image.NEAREST))
-    grain = (_noise(r, width, height, 1) + _noise(r, width, height, 3) + _noise(r, width, height, 12)) // 2
-    light = r.randint(70, 116)
-    image = (image + grain[..., None] * np.array(_GRAIN)[labels][..., None] // 100) * light // 100
+    grain = sum(_noise(r, width, height, cell) for cell in (1, 3, 12)) // 2
+    grain = grain[..., None] * np.array(_GRAIN)[labels][..., None] // 100
+    image = (image + grain) * r.randint(70, 116) // 100
     return image.clip(0, 255).astype(np.uint8), labels
 
 

@@ -303,6 +303,7 @@ class LOCA(nn.Module):
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.position_weight, self.feature_weight = position_weight, feature_weight
         self.single_image = single_image
+        encoder.pos_embed.requires_grad_(not single_image)
 
     def forward(self, views, teacher=None, visible=None, keep=None):
         """One training step's loss.

@@ -8,7 +8,9 @@ seed and of the step, epoch or image it is for, so a resumed run goes on as if i
 import argparse
 import contextlib
 import copy
+import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -16,7 +18,6 @@ import resource
 import signal
 import sys
 import time
-from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -463,8 +464,15 @@ def feed(loader, device):
 
 # --------------------------------------------------------------------------------------------- colours
 
-GREY = torch.tensor([0.2989, 0.587, 0.114])
-YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+GREY = (0.2989, 0.587, 0.114)
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+TO_RGB = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
+
+
+@functools.cache
+def constant(values, device):
+    """Numbers as a float32 tensor on the device, made once: every such copy to a GPU makes the host wait."""
+    return torch.tensor(values, device=device)
 
 
 def draw_jitter(count, device):
@@ -479,7 +487,7 @@ def draw_jitter(count, device):
     def uniform(low, high):
         return torch.empty(count, device=device).uniform_(low, high)
 
-    eye, grey, yiq = torch.eye(3, device=device), GREY.to(device).expand(3, 3), YIQ.to(device)
+    eye, grey = torch.eye(3, device=device), constant(GREY, device).expand(3, 3)
     contrast, saturation, angle = uniform(0.6, 1.4), uniform(0.8, 1.2), uniform(-0.1, 0.1) * 2 * math.pi
     cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
     turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=-1).view(-1, 3, 3)
@@ -488,7 +496,7 @@ def draw_jitter(count, device):
             eye.expand(count, 3, 3),
             contrast[:, None, None] * eye,
             saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * grey,
-            torch.linalg.inv(YIQ).to(device) @ turn @ yiq,
+            constant(TO_RGB, device) @ turn @ constant(YIQ, device),
         ],
         dim=1,
     )  # V,4,3,3
@@ -533,22 +541,22 @@ def colours(views, solarize=0.0, blur_probability=0.0):
         bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
         x = torch.baddbmm(bias, matrix[:, k], x).clamp_(0, 1)
     grey = torch.rand(len(x), 1, 1, device=device) < 0.2
-    mix = torch.where(grey, GREY.to(device).expand(3, 3), torch.eye(3, device=device))  # V,3,3
+    eye = torch.eye(3, device=device)
+    mix = torch.where(grey, constant(GREY, device).expand(3, 3), eye)  # V,3,3
+    if blur_probability or solarize:
+        x, mix = mix @ x, eye.expand_as(mix)
     if blur_probability:
-        x = blur((mix @ x).view(shape), blur_probability).flatten(2)
-        mix = torch.eye(3, device=device).expand_as(mix)
+        x = blur(x.view(shape), blur_probability).flatten(2)
     if solarize:
-        x = mix @ x
-        mix = torch.eye(3, device=device).expand_as(mix)
         turned = (x >= 0.5) & (torch.rand(len(x), 1, 1, device=device) < solarize)
         x = torch.where(turned, 1 - x, x)
-    mean, std = torch.tensor(MEAN, device=device)[:, None], torch.tensor(STD, device=device)[:, None]
+    mean, std = (constant(values, device)[:, None] for values in (MEAN, STD))
     return torch.baddbmm((-mean / std).expand(len(x), 3, 1), mix / std, x).view(shape)
 
 
 def plain_colours(views):
     """Normalise without augmentation: uint8 [..., 3, s, s] -> float32."""
-    mean, std = (torch.tensor(v, device=views.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (constant(values, views.device)[:, None, None] for values in (MEAN, STD))
     return (views / 255 - mean) / std
 
 
@@ -630,7 +638,8 @@ class Processes:
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            device_id = self.device if backend == "nccl" else None
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
         self.stop = None  # the signal that asked this run to stop
 
     def say(self, *words):
@@ -739,6 +748,7 @@ def set_seed(*parts):
 
 
 def duration(seconds):
+    """Seconds in words."""
     minutes = int(seconds) // 60
     return (
         f"{minutes // 60} h {minutes % 60:02d} min"
@@ -874,8 +884,9 @@ def pretrain(s, processes):
             set_seed(s["seed"], step, processes.rank, micro)
             last = micro == s["accumulate"] - 1
             with contextlib.nullcontext() if last or processes.world == 1 else net.no_sync():
+                views = to_views(batch, s)
                 with autocast(s["precision"], device):
-                    losses = net(to_views(batch, s), teacher)
+                    losses = net(views, teacher)
                 (losses["loss"] / s["accumulate"]).backward()
             micro_losses.append(losses)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
@@ -1095,28 +1106,28 @@ def check_same_run(path, old, new, processes):
 @torch.no_grad()
 def evaluate(model, teacher, images, s, processes):
     """Held-out position accuracy and loss, and how spread the features are -> dict. Views and masks are the
-    same each time; stochastic depth is off; the last images that do not fill a batch on every process are
-    left out."""
+    same each time; stochastic depth is off."""
     model.eval()
     parts = [model] if teacher is None else [model, teacher.eval()]
-    size = max(1, min(32, len(images) // processes.world))
-    batches = [range(i, i + size) for i in range(0, len(images) - size + 1, size)]
-    mine = batches[: len(batches) // processes.world * processes.world][processes.rank :: processes.world]
+    each = math.ceil(len(images) / 32 / processes.world)  # batches of every process, of at most 32 images
+    size = len(images) // (each * processes.world)
+    keys = [
+        [(2**31, i * size + k) for k in range(size)]
+        for i in range(processes.rank * each, (processes.rank + 1) * each)
+    ]
+    loader = make_loader(Views(images, s), keys, min(s["workers"], 2), processes.device)
     names = ["position_accuracy", "position_loss", "prototype_perplexity", "target_entropy"]
     sums, tokens = torch.zeros(len(names), device=processes.device), []
-    keys = [[(2**31, i) for i in batch] for batch in mine]
-    for number, batch in enumerate(
-        feed(make_loader(Views(images, s), keys, min(s["workers"], 2), processes.device), processes.device)
-    ):
+    for number, batch in enumerate(feed(loader, processes.device)):
         set_seed(s["seed"], number)
+        views = to_views(batch, s, augment=False)
         with autocast(s["precision"], processes.device):
-            views = to_views(batch, s, augment=False)
             losses = model(views, teacher)
             tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
         sums += torch.stack([losses[name].float() for name in names])
     for part in parts:
         part.train()
-    means = processes.sum(sums / max(len(mine), 1) / processes.world)
+    means = processes.sum(sums / (each * processes.world))
     spread, rank = feature_spread(torch.cat(tokens))
     record = {f"val_{name}": mean for name, mean in zip(names, means)}
     return {**record, "feature_std": spread, "effective_rank": rank}
@@ -1225,8 +1236,9 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
 
 
 def draw_curves(folders):
-    """Losses, held-out accuracy and learning rate of one or more run folders over their epochs, laid over each
-    other: lines in training, dots held out, dashes the chance level. Raises Problem for a folder without a log."""
+    """Losses, held-out accuracy and learning rate of one or more run folders over their epochs, laid over
+    each other: lines in training, dots held out, dashes the chance level. Raises Problem for a folder without
+    a log."""
     runs = []
     for folder in folders:
         path = Path(folder) / "metrics.jsonl"
@@ -1299,8 +1311,8 @@ def feature_colours(encoders, image, side, device):
 
 
 def show(checkpoint, names, s, processes):
-    """Predicted positions of any images' patches, and their features in false colours (the checkpoint's encoder
-    beside one of random weights), as one picture in --out."""
+    """Predicted positions of any images' patches, and their features in false colours (the checkpoint's
+    encoder beside one of random weights), as one picture in --out."""
     if not Path(checkpoint).is_file():
         raise Problem(f"--show {checkpoint}: there is no such checkpoint")
     saved = load_file(checkpoint)
@@ -1353,39 +1365,36 @@ def clock(function, device, seconds=2.0, least=2):
     return float(np.median(times[1:]))
 
 
-def bench(s, processes):
-    """Measure the input pipeline and the training step at these settings, and say which of them limits."""
-    device, threads = processes.device, torch.get_num_threads()
-    images, _ = open_data({**s, "val_images": 0}, processes)
-    count, numbers = s["batch"] // s["accumulate"] // processes.world, iter(range(10**9))
-    dataset = Views(images, s)
+def bench_input(s, images, count):
+    """Seconds an image for decoding and crops, and for colours, on one core; and a collated batch of
+    `count`."""
+    threads, numbers, dataset = torch.get_num_threads(), itertools.count(), Views(images, s)
     torch.set_num_threads(1)  # as in a worker
-    cropping = clock(lambda: dataset[0, next(numbers) % len(images)], torch.device("cpu"), 6.0, 20)
+    cpu = torch.device("cpu")
+    cropping = clock(lambda: dataset[0, next(numbers) % len(images)], cpu, 6.0, 20)
     batch = torch.utils.data.default_collate([dataset[0, i % len(images)] for i in range(count)])
-    few = {k: v[:8] for k, v in batch.items()}
-    colouring = clock(lambda: to_views(few, s), torch.device("cpu")) / len(few["reference"])
+    few = {name: value[:8] for name, value in batch.items()}
+    colouring = clock(lambda: to_views(few, s), cpu) / len(few["reference"])
     torch.set_num_threads(threads)
+    return cropping, colouring, batch
 
+
+def bench_step(s, batch, device):
+    """Seconds of a whole step and of its parts, its operations, and the peak memory in GiB."""
     set_seed(s["seed"])
     model = build(s).to(device)
     teacher = loca.make_teacher(model) if model.head else None
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type in ("cuda", "cpu"))
     net = torch.compile(model) if s["compile"] else model
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    views = to_views(batch, s)
-    parts = defaultdict(list)
-
-    def part(name, function):
-        begin = time.perf_counter()
-        result = function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        parts[name].append(time.perf_counter() - begin)
-        return result
+    views = to_views({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}, s)
 
     def forward():
         with autocast(s["precision"], device):
             return net(views, teacher)["loss"]
+
+    def teach():
+        with torch.no_grad(), autocast(s["precision"], device):
+            model.assign_clusters(teacher.encoder(views["reference"]), teacher)
 
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
@@ -1395,55 +1404,49 @@ def bench(s, processes):
             loca.update_teacher(teacher, model, 0.99)
 
     def step():
-        loss = part("forward", forward)
-        part("backward", loss.backward)
-        part("optimiser and teacher", update)
+        forward().backward()
+        update()
 
-    def teacher_forward():
-        with torch.no_grad(), autocast(s["precision"], device):
-            loca.sinkhorn(
-                (teacher.head(teacher.encoder(views["reference"])) @ teacher.head.prototypes.weight.T)
-                .flatten(0, 1)
-                .float()
-            )
-
+    whole = clock(step, device, 10.0)
+    memory = peak_memory(device)
     with FlopCounterMode(display=False) as counter:
         forward().backward()
-    parts.clear()
-    seconds = clock(step, device, 12.0)
-    memory = peak_memory(device)
-    teaching = clock(teacher_forward, device, 1.0) if teacher is not None else 0.0
+    parts = {"teacher forward": clock(teach, device, 0.5) if teacher is not None else 0.0}
+    parts["student forward"] = clock(forward, device, 2.0) - parts["teacher forward"]
+    parts["optimiser and teacher update"] = clock(update, device, 0.5)
+    parts["backward"] = whole - sum(parts.values())
+    return whole, parts, counter.get_total_flops(), memory
+
+
+def bench(s, processes):
+    """Measure the input pipeline and the training step at these settings, and say which of them limits."""
+    device, (images, _) = processes.device, open_data({**s, "val_images": 0}, processes)
+    count = s["batch"] // s["accumulate"] // processes.world
+    cropping, colouring, batch = bench_input(s, images, count)
+    seconds, parts, operations, memory = bench_step(s, batch, device)
     a = torch.randn(
         2048, 2048, device=device, dtype=torch.bfloat16 if s["precision"] == "bf16" else torch.float32
     )
-    rate = 2 * 2048**3 / clock(lambda: a @ a, device, 1.0, 5)  # of this machine, operations per second
-    flops = counter.get_total_flops()
-    whole = sum(np.median(times[1:]) for times in parts.values())
-    shares = {name: np.median(times[1:]) / whole for name, times in parts.items()}
-    shares = {
-        "teacher forward": teaching / whole,
-        "student forward": shares.pop("forward") - teaching / whole,
-        **shares,
-    }
-    limit, feeding = count / seconds, s["workers"] / (cropping + colouring * (device.type == "cpu"))
-    needed = math.ceil(limit * cropping + 1e-9)
+    rate = 2 * 2048**3 / clock(lambda: a @ a, device, 1.0, 5)  # of this machine, operations a second
+    speed, feeding = count / seconds, s["workers"] / (cropping + colouring * (device.type == "cpu"))
+    limit = "step" if feeding > speed else "data"
     rows = [
         ("decode and crops, one core", f"{1 / cropping:.0f} images/s"),
         ("colours, one core", f"{1 / colouring:.0f} images/s"),
         ("both, one core", f"{1 / (cropping + colouring):.0f} images/s"),
-        (f"training step, batch {count}, {s['precision']}, {device.type}", f"{limit:.2f} images/s"),
-        ("matrix products in a step", f"{flops / count / 1e9:.0f} GFLOP an image"),
+        (f"step, batch {count}, {s['precision']}, {device.type}", f"{speed:.2f} images/s"),
+        *((f"  {name}", f"{part / seconds:.0%} of the step") for name, part in parts.items()),
+        ("matrix products in a step", f"{operations / count / 1e9:.1f} GFLOP an image"),
         ("rate of this machine, product of 2048 x 2048", f"{rate / 1e9:.0f} GFLOP/s"),
-        ("share of that rate that the step reaches (MFU)", f"{flops / seconds / rate:.0%}"),
-        *((f"  {name}", f"{share:.0%} of the step") for name, share in shares.items()),
+        ("share of that rate in the step (MFU)", f"{operations / seconds / rate:.0%}"),
         ("peak memory", f"{memory:.2f} GiB"),
         (
             "workers that feed one device",
-            f"{needed} (there are {s['workers']}: the {'step' if feeding > limit else 'data'} limits)",
+            f"{math.ceil(speed * cropping)} (of {s['workers']}: the {limit} limits)",
         ),
     ]
     for name, value in rows:
-        processes.say(f"{name:<52} {value}")
+        processes.say(f"{name:<48} {value}")
     return 0
 
 
@@ -1619,6 +1622,7 @@ def draw(s, processes):
 
 
 def main(arguments=None):
+    """Run the command line -> exit code."""
     try:
         s = read_settings(arguments, int(os.environ.get("WORLD_SIZE", "1")))
         processes = Processes(s["device"])

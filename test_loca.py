@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torchvision.transforms import v2
 
+import finetune_seg
 import loca
 import train
 
 HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "finetune_seg.py"
 torch.set_num_threads(2)
 
 # ---------------------------------------------------------------- recordings of the released training step
@@ -1404,3 +1407,855 @@ def test_show_and_curves(whole_run, photos, tmp_path, capsys):
         assert train.main([*SMALL, *flags, "--out", str(out)]) == 2
         assert said in capsys.readouterr().err
     assert train.main([*SMALL, "--curves", str(whole_run), "--out", str(tmp_path)]) == 2
+
+
+# ------------------------------------------------------------------------------------------ segmentation
+
+
+def slow_confusion(truth, predicted, classes):
+    matrix = np.zeros((classes, classes), int)
+    for row in range(truth.shape[0]):
+        for column in range(truth.shape[1]):
+            if truth[row, column] != 255:
+                matrix[truth[row, column], predicted[row, column]] += 1
+    return matrix
+
+
+def test_confusion_matrix():
+    r = np.random.RandomState(0)
+    truth, predicted = r.randint(0, 5, (13, 9)).astype(np.uint8), r.randint(0, 5, (13, 9))
+    truth[r.rand(13, 9) < 0.2] = 255
+    got = finetune_seg.confusion(torch.from_numpy(truth), torch.from_numpy(predicted), 5)
+    assert got.dtype == torch.long and (got.numpy() == slow_confusion(truth, predicted, 5)).all()
+
+
+def test_scores_leave_out_classes_in_neither_truth_nor_prediction():
+    matrix = np.array([[6, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    result = finetune_seg.scores(matrix)
+    assert result["miou"] == pytest.approx((6 / 9 + 3 / 6) / 2)
+    assert result["pixel_accuracy"] == pytest.approx(9 / 12)
+    assert result["mean_accuracy"] == pytest.approx((6 / 8 + 3 / 4) / 2)
+    assert np.isnan(result["iou"][2:]).all()
+    matrix[0, 2] = 1  # predicted, never true: counts as 0 for mIoU, has no accuracy
+    result = finetune_seg.scores(matrix)
+    assert result["miou"] == pytest.approx((6 / 10 + 3 / 6 + 0) / 3)
+    assert result["mean_accuracy"] == pytest.approx((6 / 9 + 3 / 4) / 2)
+
+
+def slow_average_precision(confidence, present):
+    """Recall steps times precision at every threshold, straight from the definition."""
+    total, before = 0.0, 0
+    for threshold in sorted(set(confidence), reverse=True):
+        chosen = [p for c, p in zip(confidence, present) if c >= threshold]
+        total += (sum(chosen) - before) / sum(present) * sum(chosen) / len(chosen)
+        before = sum(chosen)
+    return total
+
+
+def test_average_precision():
+    r = np.random.RandomState(1)
+    for _ in range(50):
+        confidence, present = r.randint(0, 8, 12) / 8, r.rand(12) < 0.4
+        present[r.randint(12)] = True
+        assert finetune_seg.average_precision(confidence, present) == pytest.approx(
+            slow_average_precision(confidence.tolist(), present.tolist())
+        )
+    assert finetune_seg.average_precision(np.array([0.9, 0.8, 0.1]), np.array([True, True, False])) == 1
+
+
+class Place(nn.Module):
+    """Logits that depend on a pixel and on its place in the window."""
+
+    def forward(self, x):
+        place = torch.linspace(0, 1, x.shape[-2] * x.shape[-1]).view(x.shape[-2:])
+        return torch.stack([x.sum(1) * place, x[:, 0] - place, x[:, 1] ** 2], dim=1)
+
+
+@pytest.mark.parametrize("height, width", [(23, 31), (8, 8), (5, 40), (3, 2), (16, 8)])
+def test_sliding_window_averages_pixel_by_pixel(height, width):
+    torch.manual_seed(0)
+    image, window, stride = torch.randn(3, height, width), (8, 10), (5, 4)
+    padded = torch.zeros(3, max(height, 8), max(width, 10))
+    padded[:, :height, :width] = image
+    lists = {}
+    for top in sorted({min(y, padded.shape[1] - 8) for y in range(0, padded.shape[1], 5)}):
+        for left in sorted({min(x, padded.shape[2] - 10) for x in range(0, padded.shape[2], 4)}):
+            logits = Place()(padded[None, :, top : top + 8, left : left + 10])[0]
+            for y in range(8):
+                for x in range(10):
+                    lists.setdefault((top + y, left + x), []).append(logits[:, y, x])
+    expected = torch.stack(
+        [torch.stack([torch.stack(lists[y, x]).mean(0) for x in range(width)], 1) for y in range(height)], 1
+    )
+    for batch in (1, 3, 100):
+        got = finetune_seg.sliding_window(Place(), image, window, stride, batch)
+        assert got.shape == (3, height, width)
+        torch.testing.assert_close(got, expected)
+
+
+def test_windows_end_at_the_border():
+    assert finetune_seg.window_starts(512, 512, 512) == [0]
+    assert finetune_seg.window_starts(1024, 512, 512) == [0, 512]
+    assert finetune_seg.window_starts(700, 512, 512) == [0, 188]
+
+
+def dominated(labels, box):
+    """Whether one class fills over 75 % of a crop, counted in a plain loop."""
+    top, left, height, width = box
+    counts = {}
+    for row in labels[top : top + height, left : left + width].tolist():
+        for label in row:
+            counts[label] = counts.get(label, 0) + (label != 255)
+    return sum(counts.values()) == 0 or max(counts.values()) > 0.75 * sum(counts.values())
+
+
+class Counting:
+    """A random generator that counts the crops drawn from it."""
+
+    def __init__(self, seed):
+        self.rng, self.calls = np.random.default_rng(seed), 0
+
+    def integers(self, n):
+        self.calls += 1
+        return self.rng.integers(n)
+
+
+def test_crops_of_one_class_are_drawn_again():
+    labels = np.zeros((40, 60), np.uint8)
+    labels[10:25, 20:38] = 1
+    labels[30:36, 3:20] = 255
+    redrawn = 0
+    for seed in range(60):
+        rng = Counting(seed)
+        box = finetune_seg.choose_crop(labels, (16, 16), rng)
+        assert box[0] + box[2] <= 40 and box[1] + box[3] <= 60 and box[2:] == (16, 16)
+        drawn = rng.calls // 2
+        assert drawn == 11 or not dominated(labels, box)
+        replay = np.random.default_rng(seed)  # all crops before the last were dominated
+        for i in range(drawn):
+            again = int(replay.integers(25)), int(replay.integers(45)), 16, 16
+            assert dominated(labels, again) or i == drawn - 1
+        assert again == box
+        redrawn += drawn > 1
+    assert redrawn > 10
+    rng = Counting(0)
+    finetune_seg.choose_crop(
+        np.full((9, 9), 255, np.uint8), (4, 4), rng
+    )  # nothing to count: the last is taken
+    assert rng.calls == 22
+    assert finetune_seg.choose_crop(labels[:8, :5], (16, 16), rng) == (0, 0, 8, 5)
+
+
+def test_augmentation_keeps_pixels_and_labels_together(monkeypatch):
+    monkeypatch.setattr(finetune_seg, "distort", lambda image, rng: image)
+    labels = torch.zeros(40, 56, dtype=torch.uint8)
+    labels[:, 28:], labels[20:] = 1, labels[20:] + 2
+    image = (labels * 60).expand(3, -1, -1).contiguous()
+    padded = 0
+    for seed in range(40):
+        view, target = finetune_seg.augment(image, labels, (48, 32), 40, np.random.default_rng(seed))
+        assert (
+            view.shape == (3, 48, 32)
+            and target.shape == (48, 32)
+            and view.dtype == target.dtype == torch.uint8
+        )
+        inside = target != 255
+        padded += int((~inside).any())
+        assert ((view[0].float() - 60.0 * target).abs() < 1)[inside].float().mean() > 0.8  # edges are blurred
+        outside = train.plain_colours(view)[:, ~inside]
+        assert outside.numel() == 0 or outside.abs().max() < 0.02
+    assert 5 < padded < 40
+
+
+def test_distortion_stays_in_range_and_is_of_the_seed():
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    views = [finetune_seg.distort(image, np.random.default_rng(seed)) for seed in range(30)]
+    assert all(view.dtype == torch.uint8 and view.shape == image.shape for view in views)
+    assert torch.equal(views[3], finetune_seg.distort(image, np.random.default_rng(3)))
+    assert sum(not torch.equal(view, image) for view in views) > 20
+
+
+def test_subsets_are_nested_and_seeded():
+    whole = [set(finetune_seg.choose_subset(400, 1 / n, 3).tolist()) for n in (1, 2, 8, 32, 1000)]
+    assert [len(part) for part in whole] == [400, 200, 50, 12, 1]
+    assert all(small < large for large, small in zip(whole, whole[1:]))
+    assert whole[2] != set(finetune_seg.choose_subset(400, 1 / 8, 4).tolist())
+
+
+def test_scaled_sizes():
+    assert finetune_seg.scaled_size(600, 400, 200) == (300, 200)
+    assert finetune_seg.scaled_size(3, 20000, 512)[1] == 4 * 512
+
+
+def test_loss_is_a_plain_mean_over_labelled_pixels():
+    logits, labels = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 3, 5), dtype=torch.uint8)
+    labels[0, 1], labels[1, 2, 3] = 255, 255
+    values = [
+        -logits[b, :, y, x].log_softmax(0)[int(labels[b, y, x])]
+        for b in range(2) for y in range(3) for x in range(5) if labels[b, y, x] != 255
+    ]  # fmt: skip
+    torch.testing.assert_close(finetune_seg.segmentation_loss(logits, labels), torch.stack(values).mean())
+    assert finetune_seg.segmentation_loss(logits, torch.full((2, 3, 5), 255)) == 0
+
+
+def test_bit_palette():
+    assert finetune_seg.bit_palette(4, 0) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
+    assert finetune_seg.bit_palette(21, 0)[15] == (192, 128, 128) and finetune_seg.bit_palette(1) == (
+        (128, 0, 0),
+    )
+    assert len(set(finetune_seg.bit_palette(253))) == 253
+
+
+# -------------------------------------------------------------------------------------- data set layouts
+
+
+def save(path, pixels, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels), mode).save(path)
+
+
+def picture(height=4, width=6):
+    return np.random.RandomState(height * width).randint(0, 255, (height, width, 3)).astype(np.uint8)
+
+
+def stripes(values):
+    """A mask of 4x6 pixels, one column a value, the last one repeated."""
+    values = list(values) + [list(values)[-1]] * (6 - len(values))
+    return np.array([values] * 4).astype(np.uint8)
+
+
+# name: image, mask and list files of the training and validation part, mask values, classes that they are
+LAYOUTS = {
+    "ade20k": (("images/{}/a.jpg", "annotations/{}/a.png", None), ("training", "validation"), (0, 1, 2, 150),
+               (255, 0, 1, 149)),
+    "voc2012": (("VOCdevkit/VOC2012/JPEGImages/{}_1.jpg", "VOCdevkit/VOC2012/SegmentationClass/{}_1.png",
+                 "VOCdevkit/VOC2012/ImageSets/Segmentation/{}.txt"), ("train", "val"), (0, 20, 255), (0, 20, 255)),
+    "context": (("JPEGImages/{}_1.jpg", "SegmentationClassContext/{}_1.png", "ImageSets/SegmentationContext/{}.txt"),
+                ("train", "val"), (0, 1, 59), (255, 0, 58)),
+    "cityscapes": (("leftImg8bit/{}/ulm/ulm_0_leftImg8bit.png", "gtFine/{}/ulm/ulm_0_gtFine_labelIds.png", None),
+                   ("train", "val"), (0, 6, 7, 8, 23, 33), (255, 255, 0, 1, 10, 18)),
+    "bdd100k": (("images/10k/{}/x-1.jpg", "labels/sem_seg/masks/{}/x-1.png", None), ("train", "val"), (0, 18, 255),
+                (0, 18, 255)),
+    "camvid": (("{}/f_1.png", "{}annot/f_1.png", None), ("train", "val"), (0, 10, 11), (0, 10, 255)),
+    "idd": (("leftImg8bit/{}/12/9_leftImg8bit.jpg", "gtFine/{}/12/9_gtFine_labellevel3Ids.png", None), ("train", "val"),
+            (0, 25, 255), (0, 25, 255)),
+    "sunrgbd": (("image/{}/img-000007.jpg", "label37/{}/img37labels-000007.png", None), ("train", "test"), (0, 1, 37),
+                (255, 0, 36)),
+    "isprs": (("img_dir/{}/2_10_0_0_512_512.png", "ann_dir/{}/2_10_0_0_512_512.png", None), ("train", "val"), (0, 1, 6),
+              (255, 0, 5)),
+    "folder": (("images/{}/a.b.webp", "masks/{}/a.b.png", None), ("train", "val"), (0, 3, 255), (0, 3, 255)),
+}  # fmt: skip
+SPLIT_OF = {"training": "train", "validation": "val", "test": "val", "train_val": "train", "TEST": "val"}
+
+
+def read_all(name, folder, split):
+    parts, classes, palette = finetune_seg.open_data(
+        {"name": name, "folder": str(folder), "classes": None}, train.Processes("cpu"), (split,)
+    )
+    assert len(classes) == len(palette) == len(set(classes))
+    return parts[0], classes
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_with_integer_masks(name, tmp_path):
+    (image, mask, listing), folders, values, expected = LAYOUTS[name]
+    for part in folders:
+        save(tmp_path / image.format(part), picture())
+        save(tmp_path / mask.format(part), stripes(values))
+        save(
+            tmp_path / image.format(part).replace("_1", "_unlisted") if listing else tmp_path / "x.png",
+            picture(),
+        )
+        if listing:
+            (tmp_path / listing.format(part)).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / listing.format(part)).write_text(f"{part}_1\n")
+    for part in folders:
+        data, classes = read_all(name, tmp_path, SPLIT_OF.get(part, part))
+        assert len(data) == 1 and len(classes) == (len(finetune_seg.DATASETS[name].classes) or 4)
+        pixels, labels = data.read(0)
+        assert pixels.shape == (3, 4, 6) and labels[0, : len(expected)].tolist() == list(expected)
+
+
+def test_class_counts_and_palettes():
+    counts = {name: len(data.classes) for name, data in finetune_seg.DATASETS.items()}
+    assert counts == {
+        "ade20k": 150, "voc2012": 21, "context": 59, "cityscapes": 19, "bdd100k": 19, "camvid": 11, "idd": 26,
+        "kitti": 19, "sunrgbd": 37, "isprs": 6, "suim": 8, "folder": 0,
+    }  # fmt: skip
+    for name, data in finetune_seg.DATASETS.items():
+        assert not data.palette or len(set(data.palette)) >= len(data.classes) - (name == "idd"), name
+        assert (data.values is None) or set(data.values.values()) - {255} == set(range(counts[name])), name
+        assert (data.colours is None) or set(data.colours.values()) - {255} == set(range(counts[name])), name
+
+
+def test_camvid_with_the_original_colours(tmp_path):
+    colours = np.array(
+        [[(128, 128, 128), (64, 0, 64), (0, 0, 64), (128, 0, 192), (192, 0, 192), (0, 0, 0)]] * 4, np.uint8
+    )
+    for part in ("train", "val", "test"):
+        save(tmp_path / f"701_StillsRaw_full/{part}_7.png", picture())
+        save(tmp_path / f"LabeledApproved_full/{part}_7_L.png", colours)
+    with pytest.raises(train.Problem, match="701_StillsRaw_full/.* with .* with train.txt"):
+        read_all("camvid", tmp_path, "train")
+    for part in ("train", "val", "test"):
+        (tmp_path / f"{part}.txt").write_text(f"any/where/{part}_7.png any/annot/{part}_7.png\n")
+        data, _ = read_all("camvid", tmp_path, part)
+        assert [Path(data.name(i)).name for i in range(len(data))] == [f"{part}_7.png"]
+        assert data.read(0)[1][0].tolist() == [0, 1, 2, 3, 10, 255]
+    assert len(finetune_seg.DATASETS["camvid"].colours) == 32
+    save(tmp_path / "split/val/v_1.png", picture())  # the same masks, already shared out
+    save(tmp_path / "split/val_labels/v_1_L.png", colours)
+    assert read_all("camvid", tmp_path / "split", "val")[0].read(0)[1][0].tolist() == [0, 1, 2, 3, 10, 255]
+
+
+def test_suim_and_isprs_colours(tmp_path):
+    colours = np.array(
+        [[(3, 0, 250), (0, 255, 0), (255, 255, 255), (255, 0, 0), (0, 0, 0), (0, 0, 0)]] * 4, np.uint8
+    )
+    for part in ("train_val", "TEST"):
+        save(tmp_path / f"suim/{part}/images/d_1_.jpg", picture())
+        save(tmp_path / f"suim/{part}/masks/d_1_.bmp", colours)
+        data, _ = read_all("suim", tmp_path / "suim", SPLIT_OF[part])
+        assert data.read(0)[1][0].tolist() == [1, 2, 7, 4, 0, 0]
+    colours[:, 0] = 0, 0, 255
+    for part in ("train", "val"):
+        save(tmp_path / f"isprs/images/{part}/t.png", picture())
+        save(tmp_path / f"isprs/masks/{part}/t.png", colours)
+        data, _ = read_all("isprs", tmp_path / "isprs", part)
+        assert data.read(0)[1][0].tolist() == [1, 3, 0, 5, 255, 255]
+
+
+def test_kitti_holds_out_every_fifth_image(tmp_path):
+    for i in range(11):
+        save(tmp_path / f"training/image_2/{i:06d}_10.png", picture())
+        save(tmp_path / f"training/semantic/{i:06d}_10.png", stripes((7, 26, 0)))
+    names = {
+        split: [Path(a).stem[:6] for a, _ in finetune_seg.find_pairs("kitti", str(tmp_path), split)]
+        for split in ("train", "val")
+    }
+    assert (
+        names["val"] == ["000004", "000009"]
+        and len(names["train"]) == 9
+        and not set(names["val"]) & set(names["train"])
+    )
+    assert read_all("kitti", tmp_path, "val")[0].read(0)[1][0, :3].tolist() == [0, 13, 255]
+
+
+def small_folder(root, count=6, classes=3, size=(20, 28)):
+    """images/ and masks/ of tiny pictures whose colour tells the class."""
+    r = np.random.RandomState(0)
+    for split, number in (("train", count), ("val", 5), ("test", 2)):
+        for i in range(number):
+            labels = np.zeros(size, np.uint8)
+            labels[r.randint(4, 16) :] = 1
+            labels[:, r.randint(4, 24) :] += np.uint8(classes - 2)
+            image = np.array([[200, 40, 30], [40, 180, 60], [30, 60, 220]], np.uint8)[labels]
+            save(root / f"images/{split}/{i}.png", image)
+            labels[0, 0] = 255
+            save(root / f"masks/{split}/{i}.png", labels)
+    return root
+
+
+def test_wrong_masks_are_named(tmp_path):
+    def wrong(change, match, name="folder"):
+        root = tmp_path / match.split()[0].strip(".*").replace("/", "")
+        change(small_folder(root))
+        with pytest.raises(train.Problem, match=match):
+            finetune_seg.open_data(
+                {"name": name, "folder": str(root), "classes": 3}, train.Processes("cpu"), ("train",)
+            )
+
+    wrong(
+        lambda root: save(root / "masks/train/2.png", np.full((20, 28), 9, np.uint8)),
+        "masks/train/2.png: the value 9 ",
+    )
+    wrong(
+        lambda root: save(root / "masks/train/3.png", np.full((20, 28), 700, np.uint16)),
+        "train/3.png: the value 700 ",
+    )
+    wrong(
+        lambda root: save(root / "masks/train/1.png", np.zeros((20, 20), np.uint8)),
+        "1.png: it is 20x20 .*its image 28x20",
+    )
+    wrong(
+        lambda root: save(root / "masks/train/0.png", np.zeros((20, 28, 3), np.uint8)), "0.png: it holds RGB"
+    )
+    wrong(lambda root: (root / "masks/train/4.png").write_bytes(b"no picture"), "4.png: cannot identify")
+    wrong(
+        lambda root: [(root / f"masks/train/{i}.png").unlink() for i in range(5)],
+        "5 of 6 .*'0', '1', '2', '3' and 1 more",
+    )
+    suim = small_folder(tmp_path / "suim")
+    (suim / "train_val").mkdir()
+    for kind in ("images", "masks"):
+        (suim / kind / "train").rename(suim / "train_val" / kind)
+    with pytest.raises(train.Problem, match="of mode L, the data set's masks hold RGB"):
+        finetune_seg.open_data(
+            {"name": "suim", "folder": str(suim), "classes": None}, train.Processes("cpu"), ("train",)
+        )
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+def test_decoder_and_layer_decay():
+    s = {
+        "crop": [16, 24],
+        "patch_size": 8,
+        "dim": 16,
+        "depth": 3,
+        "heads": 2,
+        "mlp_dim": 32,
+        "drop_path": 0.1,
+    }
+    model = finetune_seg.build({**s, "class_token": False, "freeze": False}, 5).eval()
+    images = torch.randn(2, 3, 32, 16)
+    tokens = model.encoder(images)
+    grid = (tokens @ model.decoder.weight.T + model.decoder.bias).view(2, 4, 2, 5).permute(0, 3, 1, 2)
+    torch.testing.assert_close(model(images), nn.functional.interpolate(grid, (32, 16), mode="bilinear"))
+    scale = {}
+    for group in finetune_seg.parameter_groups(model, 0.3, 0.5):
+        for parameter in group["params"]:
+            name = next(n for n, p in model.named_parameters() if p is parameter)
+            assert name not in scale and group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0)
+            scale[name] = group["scale"]
+    assert len(scale) == len(list(model.parameters()))
+    assert (
+        scale["decoder.weight"] == scale["encoder.norm.bias"] == 1
+        and scale["encoder.blocks.2.mlp.fc1.weight"] == 0.5
+    )
+    assert scale["encoder.blocks.0.norm1.bias"] == 0.125 and scale["encoder.pos_embed"] == 0.0625
+    frozen = finetune_seg.build({**s, "class_token": True, "freeze": True}, 5).train()
+    frozen(images).sum().backward()
+    assert not frozen.encoder.training and frozen.decoder.training and frozen.encoder.pos_embed.grad is None
+    assert [len(g["params"]) for g in finetune_seg.parameter_groups(frozen, 0.3, 0.5)] == [1, 1]
+
+
+def test_polynomial_decay():
+    assert finetune_seg.learning_rate(0, 10, 0.2) == 0.2
+    assert finetune_seg.learning_rate(5, 10, 0.2) == pytest.approx(0.2 * 0.5**0.9)
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+
+TINY = ("--patch-size 8 --dim 16 --depth 2 --heads 2 --mlp-dim 32 --crop 16 24 --base-size 16 --stride 8 12 --batch 4 "
+        "--device cpu --precision float32 --workers 0 --log-every 2 --optimizer adamw --lr 0.003").split()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seg(tmp_path_factory):
+    """A tiny data set and the folder of one whole run on it."""
+    root = tmp_path_factory.mktemp("seg")
+    small_folder(root / "data")
+    assert (
+        finetune_seg.main(
+            [
+                *TINY,
+                "--data",
+                f"folder:{root / 'data'}",
+                "--out",
+                str(root / "run"),
+                "--steps",
+                "6",
+                "--evaluations",
+                "2",
+            ]
+        )
+        == 0
+    )
+    return root
+
+
+def seg_flags(seg, out, *flags):
+    return [
+        *TINY,
+        "--data",
+        f"folder:{seg / 'data'}",
+        "--out",
+        str(out),
+        "--steps",
+        "6",
+        "--evaluations",
+        "2",
+        *flags,
+    ]
+
+
+def records(out):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "waiting", "memory_gib")}
+        for line in lines
+    ]
+
+
+def same_weights(a, b):
+    a, b = (torch.load(x, weights_only=True)["model"] for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_seg_run_folder(seg):
+    out = seg / "run"
+    names = {"last.pt", "best.pt", "results.json", "predictions.png", "metrics.jsonl", "settings.json"}
+    assert names == {path.name for path in out.iterdir()}
+    saved = torch.load(out / "last.pt", weights_only=True)
+    assert saved.keys() == {"model", "optimizer", "settings", "classes", "palette", "step", "best", "window"}
+    assert saved["classes"] == ["class 0", "class 1", "class 2"] and saved["step"] == 6
+    evaluations = [r for r in records(out) if "val_miou" in r]
+    assert [r["step"] for r in evaluations] == [3, 6] and saved["best"] == max(
+        r["val_miou"] for r in evaluations
+    )
+    result = json.loads((out / "results.json").read_text())
+    assert result["miou"] == evaluations[-1]["val_miou"] and len(result["classes"]) == 3
+    assert np.sum(result["confusion"]) == 5 * (20 * 28 - 1)
+    losses = [r["loss"] for r in records(out) if "loss" in r]
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_seg_resume_is_exact(seg, tmp_path, stop, monkeypatch, capsys):
+    report = finetune_seg.Run.after_step
+
+    def stopped(self, done):
+        if done == stop:
+            self.processes.stop = signal.SIGTERM
+        return report(self, done)
+
+    monkeypatch.setattr(finetune_seg.Run, "after_step", stopped)
+    assert finetune_seg.main(seg_flags(seg, tmp_path)) == train.REQUEUE
+    monkeypatch.undo()
+    assert finetune_seg.main(seg_flags(seg, tmp_path, "--log-every", "2")) == 0
+    assert f"resuming {tmp_path}/last.pt at step {stop}" in capsys.readouterr().out
+    assert same_weights(seg / "run/last.pt", tmp_path / "last.pt") and same_weights(
+        seg / "run/best.pt", tmp_path / "best.pt"
+    )
+    assert records(tmp_path) == records(seg / "run")
+    assert (tmp_path / "results.json").read_text() == (seg / "run/results.json").read_text()
+    assert finetune_seg.main(seg_flags(seg, tmp_path, "--lr", "0.1")) == 2  # another run's folder
+    assert "--lr 0.003, not 0.1" in capsys.readouterr().err
+
+
+def run_seg(flags, processes=1, cwd=None):
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = (starter if processes > 1 else [sys.executable]) + [str(SCRIPT), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=cwd, env=environment)
+
+
+def test_seg_two_processes_equal_one(seg, tmp_path):
+    """Evaluation to the last bit; training to rounding."""
+    common = [
+        "--eval-only",
+        "--checkpoint",
+        str(seg / "run/last.pt"),
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+        "--workers",
+        "1",
+    ]
+    for n in (1, 2):
+        result = run_seg([*common, "--out", str(tmp_path / f"eval{n}")], n)
+        assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / f"eval{n}/results.json").read_text()) for n in (1, 2))
+    assert one == two and one["images"] == 5 and np.sum(one["confusion"]) == 5 * (20 * 28 - 1)
+    flags = (
+        "--drop-path 0 --evaluations 0 --optimizer sgd --lr 0.1 --crop 16 --base-size 40".split()
+    )  # no padding
+    result = run_seg(seg_flags(seg, tmp_path / "train2", *flags), 2)
+    assert result.returncode == 0, result.stderr
+    assert finetune_seg.main(seg_flags(seg, tmp_path / "train1", *flags)) == 0
+    a, b = (torch.load(tmp_path / f"train{n}/last.pt", weights_only=True)["model"] for n in (1, 2))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_seg_nan_stops_all_processes(seg, tmp_path, monkeypatch, capsys):
+    loss = finetune_seg.segmentation_loss
+    calls = iter(range(100))
+    monkeypatch.setattr(
+        finetune_seg, "segmentation_loss", lambda *a: loss(*a) * (math.nan if next(calls) == 2 else 1)
+    )
+    assert finetune_seg.main(seg_flags(seg, tmp_path)) == 2
+    assert "step 2: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_seg_evaluation_does_not_depend_on_the_window_batch_and_has_other_splits(seg, tmp_path, capsys):
+    results = {}
+    for name, flags in {
+        "a": ["--window-batch", "1"], "b": ["--window-batch", "7"], "test": ["--split", "test"], "ms": ["--multi-scale"],
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        assert finetune_seg.main(["--eval-only", "--checkpoint", str(seg / "run/last.pt"), "--out", str(out), "--workers", "0",
+                                  "--device", "cpu", "--precision", "float32", *flags]) == 0  # fmt: skip
+        results[name] = json.loads((out / "results.json").read_text())
+    assert results["a"]["confusion"] == results["b"]["confusion"] and results["test"]["images"] == 2
+    assert results["ms"]["multi_scale"] and results["ms"]["images"] == 5
+    assert "localisation mIoU" in capsys.readouterr().out
+    run = json.loads((seg / "run/results.json").read_text())
+    assert results["a"]["confusion"] == run["confusion"]
+
+
+def test_localisation_and_classification(seg, tmp_path):
+    """A model whose logits are the image's own channels: figures from a plain loop over the images."""
+
+    class Channels(nn.Module):
+        def forward(self, x):
+            return x * 3
+
+    r = np.random.RandomState(0)
+
+    class Source:
+        def __init__(self):
+            self.items = [
+                (r.randint(0, 256, (3, 16, 24)).astype(np.uint8), r.randint(0, 2, (16, 24)) * (1 + i % 2))
+                for i in range(4)
+            ]
+
+        def __len__(self):
+            return len(self.items)
+
+        def read(self, i):
+            image, labels = self.items[i]
+            return torch.from_numpy(image), torch.from_numpy(labels.astype(np.uint8))
+
+    s = {"multi_scale": False, "base_size": 16, "precision": "float32", "window": [16, 24], "stride": [16, 24],
+         "window_batch": 1, "workers": 0}  # fmt: skip
+    source = Source()
+    got = finetune_seg.evaluate(Channels(), source, s, train.Processes("cpu"), 3)
+    plain, limited, confidence, present = np.zeros((3, 3), int), np.zeros((3, 3), int), [], []
+    for image, labels in source.items:
+        logits = train.plain_colours(torch.from_numpy(image)).numpy() * 3
+        chance = np.exp(logits) / np.exp(logits).sum(0)
+        there = np.array([(labels == k).any() for k in range(3)])
+        plain += slow_confusion(labels, logits.argmax(0), 3)
+        limited += slow_confusion(labels, np.where(there[:, None, None], logits, -1e9).argmax(0), 3)
+        confidence.append(chance.reshape(3, -1).max(1))
+        present.append(there)
+    confidence, present = np.array(confidence), np.array(present)
+    assert (got["confusion"] == plain).all()
+    assert got["localisation_miou"] == pytest.approx(finetune_seg.scores(limited)["miou"])
+    expected = [slow_average_precision(confidence[:, k].tolist(), present[:, k].tolist()) for k in range(3)]
+    assert got["classification_map"] == pytest.approx(np.mean(expected))
+
+
+def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
+    for name, size in {"odd.jpg": (37, 53), "sub/thin.png": (3, 90), "odd.png": (17, 8)}.items():
+        save(tmp_path / "in" / name, picture(*size))
+    (tmp_path / "in/broken.png").write_bytes(b"nothing")
+    checkpoint = tmp_path / "alone.pt"
+    checkpoint.write_bytes((seg / "run/best.pt").read_bytes())
+    flags = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert finetune_seg.main(["--predict", str(tmp_path / "in"), *flags]) == 0
+    assert "broken.png" in capsys.readouterr().err
+    labels = np.asarray(Image.open(tmp_path / "out/odd.jpg_labels.png"))
+    mask, overlay = (Image.open(tmp_path / f"out/odd.jpg_{kind}.png") for kind in ("mask", "overlay"))
+    assert labels.shape == (37, 53) and labels.max() <= 2 and mask.size == (53, 37) and overlay.width > 53
+    palette = np.array(torch.load(checkpoint, weights_only=True)["palette"])
+    assert (np.asarray(mask) == palette[labels]).all()
+    assert Image.open(tmp_path / "out/sub/thin_mask.png").size == (90, 3)
+    assert (
+        finetune_seg.main(
+            ["--predict", str(tmp_path / "in/sub/thin.png"), *flags, "--window", "24", "--multi-scale"]
+        )
+        == 0
+    )
+    assert (tmp_path / "out/thin_overlay.png").exists()
+    monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
+    assert finetune_seg.main(["--predict", str(tmp_path / "in/odd.jpg"), *flags]) == 0
+    again = np.asarray(Image.open(tmp_path / "out/odd_labels.png"))
+    assert again.shape == (37, 53) and (again == labels).mean() > 0.8
+
+
+def test_init_from_every_kind_of_weights(seg, tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = loca.ViT(32, 8, 16, 2, 2, 32, class_token=True)
+    student, teacher = loca.ViT(32, 8, 16, 2, 2, 32), loca.ViT(32, 8, 16, 2, 2, 32)
+    sizes = {"patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
+    ours = {"model": {f"encoder.{k}": v for k, v in student.state_dict().items()}, "settings": sizes, "step": 3,
+            "teacher": {f"encoder.{k}": v for k, v in teacher.state_dict().items()}}  # fmt: skip
+    torch.save(ours, tmp_path / "last.pt")
+    torch.save(encoder.state_dict(), tmp_path / "foreign.pt")
+    rest = seg_flags(seg, "x")[10:]  # sizes come from the file
+    assert rest[0] == "--crop"
+    rest[rest.index("--out") + 1] = str(tmp_path / "run")
+
+    def start(name, *flags):
+        s, weights = finetune_seg.read_settings([*rest, "--init", str(tmp_path / name), *flags], 1)
+        model = finetune_seg.build(s, 3)
+        return s, model, loca.load_encoder(model.encoder, weights)
+
+    for branch, source in (("teacher", teacher), ("student", student)):
+        s, model, _ = start("last.pt", "--branch", branch)
+        assert {k: s[k] for k in sizes} == sizes
+        assert torch.equal(model.encoder.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    s, model, said = start("foreign.pt", "--heads", "4")
+    assert s["heads"] == 4 and s["depth"] == 2 and "class token dropped" in said and "from 4x4 to 2x3" in said
+    _, model, said = start("foreign.pt", "--class-token")
+    assert "class token kept" in said and torch.equal(model.encoder.cls_token, encoder.cls_token)
+    assert (
+        finetune_seg.main(
+            [*rest, "--init", str(tmp_path / "last.pt"), "--freeze", "--steps", "2", "--evaluations", "1"]
+        )
+        == 0
+    )
+    after = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
+    assert torch.equal(after["encoder.blocks.0.mlp.fc1.weight"], teacher.blocks[0].mlp.fc1.weight)
+    capsys.readouterr()
+    assert (
+        finetune_seg.main(
+            [
+                *rest[:-1],
+                "1",
+                "--out",
+                str(tmp_path / "b"),
+                "--init",
+                str(tmp_path / "last.pt"),
+                "--dim",
+                "32",
+            ]
+        )
+        == 2
+    )
+    assert "do not fit this encoder" in capsys.readouterr().err
+
+
+def test_seg_options_run(seg, tmp_path, capsys):
+    """Flags that no other test runs; a subset smaller than the batch; the schedule in steps and in epochs."""
+    base = [flag for flag in seg_flags(seg, "x") if flag != "x"]
+    base = [
+        f
+        for i, f in enumerate(base)
+        if f not in ("--out", "--steps") and (i == 0 or base[i - 1] != "--steps")
+    ]
+    for name, flags, steps in (
+        ("sgd", ["--optimizer", "sgd", "--accumulate", "2", "--layer-decay", "0.7", "--clip", "1", "--epochs", "2"], 3),
+        ("few", ["--fraction", "1/3", "--epochs", "4", "--save-minutes", "0", "--weight-decay", "0.1", "--seed", "5"], 2),
+        ("kept", ["--fraction", "1/3", "--epochs", "2", "--schedule-in", "steps", "--classes", "4", "--workers", "1"], 3),
+        ("model", ["--model", "Ti/16", "--patch-size", "8", "--depth", "1", "--steps", "1", "--init", "none"], 1),
+    ):  # fmt: skip
+        assert finetune_seg.main([*base, "--out", str(tmp_path / name), *flags]) == 0
+        saved = torch.load(tmp_path / name / "last.pt", weights_only=True)
+        assert saved["step"] == steps and len(saved["classes"]) == (4 if name == "kept" else 3)
+    assert "2 of 6 images" in capsys.readouterr().out
+
+
+def test_seg_accumulated_step_equals_the_whole_batch(seg, tmp_path):
+    """With the same labelled pixels in every crop, the mean over micro-batches is the batch's."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 4, 4, requires_grad=True)
+    labels = torch.randint(0, 3, (4, 4, 4))
+    whole = torch.autograd.grad(finetune_seg.segmentation_loss(logits, labels), logits)[0]
+    parts = sum(finetune_seg.segmentation_loss(logits[i : i + 2], labels[i : i + 2]) / 2 for i in (0, 2))
+    torch.testing.assert_close(torch.autograd.grad(parts, logits)[0], whole)
+
+
+def test_seg_an_error_ends_the_process(seg, tmp_path):
+    """Loader workers ignore the signal that would end them: they are closed with the loop."""
+    script = tmp_path / "fail.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\nimport finetune_seg\n"
+        "finetune_seg.segmentation_loss = lambda *a: 1 / 0\nfinetune_seg.main(sys.argv[1:])\n"
+    )
+    flags = seg_flags(seg, tmp_path / "run", "--workers", "1")
+    result = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=90)
+    assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
+
+
+def test_seg_unreadable_image_is_replaced_or_stops(seg, tmp_path, capfd):
+    small_folder(tmp_path / "data", count=30)
+    broken = tmp_path / "data/images/train/7.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    flags = [*TINY, "--data", f"folder:{tmp_path / 'data'}", "--evaluations", "0", "--epochs", "1"]
+    assert finetune_seg.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert "7.png" in capfd.readouterr().err
+    broken = tmp_path / "data/images/val/1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert finetune_seg.main([*flags, "--out", str(tmp_path / "run2")]) == 2
+    assert "cannot evaluate" in capfd.readouterr().err
+
+
+def test_seg_on_drawn_scenes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune_seg, "VAL_SCENES", 2)
+    flags = [
+        "--steps",
+        "2",
+        "--scenes",
+        "6",
+        "--batch",
+        "2",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--evaluations",
+        "1",
+    ]
+    assert finetune_seg.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "start: none" in said and "mIoU" in said and "lamp" in said
+    sizes = {k: finetune_seg.SCENES_PRESET[k] for k in finetune_seg.SIZES}
+    encoder = loca.ViT(96, *sizes.values())
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    Path("runs/scenes").mkdir(parents=True)
+    torch.save({"model": state, "settings": sizes}, "runs/scenes/last.pt")
+    assert finetune_seg.main([*flags, "--out", "again"]) == 0
+    said = capsys.readouterr().out
+    assert "start: runs/scenes/last.pt" in said
+    assert "the same from scratch: python finetune_seg.py --init none --out again_scratch" in said
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--data nothing:.", "ade20k, voc2012"),
+        ("--data camvid", "NAME:DIR"),
+        ("--data camvid:/nowhere", "no folder /nowhere"),
+        ("--crop 100", "--crop 100 100 is not a multiple of the patch, 8: try --crop 96 96"),
+        ("--crop 8 8 8", "height and width"),
+        ("--window 20", "--window 20 20"),
+        ("--stride 200", "--stride 200"),
+        ("--batch 7 --accumulate 2", "--batch 7 is not a multiple"),
+        ("--fraction 3/2", "--fraction 1.5"),
+        ("--fraction x", "--fraction x"),
+        ("--heads 3", "3 heads do not divide"),
+        ("--init no/file.pt", "no such file"),
+        ("--predict . ", "--checkpoint FILE is missing"),
+        ("--eval-only --checkpoint no/file.pt", "no such file"),
+        ("--split test", "--split test: scenes has train, val"),
+        ("--drop-path 1", "--drop-path"),
+        ("--lr 0", "--lr"),
+        ("--classes 900", "253"),
+    ],
+)  # fmt: skip
+def test_seg_impossible_arguments(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert finetune_seg.main(flags.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and error.startswith("finetune_seg.py: ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_seg_checkpoint_of_other_classes_is_refused(seg, tmp_path, capsys):
+    save(tmp_path / "d/train/a.png", picture())
+    for part in ("train", "val"):
+        save(tmp_path / f"d/{part}/a.png", picture())
+        save(tmp_path / f"d/{part}annot/a.png", stripes((0, 1)))
+    flags = [
+        "--eval-only",
+        "--checkpoint",
+        str(seg / "run/last.pt"),
+        "--data",
+        f"camvid:{tmp_path / 'd'}",
+        "--device",
+        "cpu",
+    ]
+    assert finetune_seg.main([*flags, "--out", str(tmp_path / "o")]) == 2
+    assert "knows 3 classes, camvid has 11" in capsys.readouterr().err
+    torch.save({"model": {}}, tmp_path / "x.pt")
+    assert finetune_seg.main(["--predict", str(tmp_path), "--checkpoint", str(tmp_path / "x.pt")]) == 2
+    assert "not a checkpoint of this script" in capsys.readouterr().err

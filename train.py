@@ -633,9 +633,6 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-        if self.device.type == "cpu":  # for short sequences the plain attention beats the tiled one here
-            torch.backends.cuda.enable_flash_sdp(False)
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
@@ -678,14 +675,20 @@ def autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def choose_precision(device):
-    """'bf16' where it is fast, else 'float32'."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    fast = device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {
-        name for name, has in torch.cpu.get_capabilities().items() if has
-    }
-    return "bf16" if fast else "float32"
+def choose_precision(device, asked=None):
+    """'bf16' where it is fast, else 'float32', unless one is asked for; sets the attention that is best with
+    it."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    precision = asked or ("bf16" if fast else "float32")
+    if (
+        device.type == "cpu"
+    ):  # on short sequences the plain attention's bf16 backward beats the tiled one's by far
+        torch.backends.cuda.enable_flash_sdp(precision == "float32")
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return precision
 
 
 def save_file(path, content):
@@ -872,31 +875,32 @@ def pretrain(s, processes):
     model, teacher, optimizer, device = run.model, run.teacher, run.optimizer, processes.device
     net = torch.compile(model) if s["compile"] else model
     net = processes.wrap(net, static_graph=s["accumulate"] == 1)
-    batches, peak = run.batches(), s["lr"] * s["batch"] / 1024
+    peak = s["lr"] * s["batch"] / 1024
     processes.listen()
 
-    for step in range(run.first, run.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.steps, run.warmup, peak)
-        micro_losses = []
-        for micro in range(s["accumulate"]):
-            batch = run.window.fetch(batches)
-            set_seed(s["seed"], step, processes.rank, micro)
-            last = micro == s["accumulate"] - 1
-            with contextlib.nullcontext() if last or processes.world == 1 else net.no_sync():
-                views = to_views(batch, s)
-                with autocast(s["precision"], device):
-                    losses = net(views, teacher)
-                (losses["loss"] / s["accumulate"]).backward()
-            micro_losses.append(losses)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        if teacher is not None:
-            loca.update_teacher(teacher, model, teacher_momentum(step, run.steps, s["momentum"]))
-        run.window.add(step, micro_losses, norm)
-        if run.after_step(step + 1):
-            return REQUEUE
+    with contextlib.closing(run.batches()) as batches:  # ends the workers whatever happens
+        for step in range(run.first, run.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, run.steps, run.warmup, peak)
+            micro_losses = []
+            for micro in range(s["accumulate"]):
+                batch = run.window.fetch(batches)
+                set_seed(s["seed"], step, processes.rank, micro)
+                last = micro == s["accumulate"] - 1
+                with contextlib.nullcontext() if last or processes.world == 1 else net.no_sync():
+                    views = to_views(batch, s)
+                    with autocast(s["precision"], device):
+                        losses = net(views, teacher)
+                    (losses["loss"] / s["accumulate"]).backward()
+                micro_losses.append(losses)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            if teacher is not None:
+                loca.update_teacher(teacher, model, teacher_momentum(step, run.steps, s["momentum"]))
+            run.window.add(step, micro_losses, norm)
+            if run.after_step(step + 1):
+                return REQUEUE
     run.finish()
     return 0
 
@@ -1455,7 +1459,7 @@ def bench(s, processes):
 SCENES_PRESET = {
     "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 96, "focal_size": 48, "focal": 4,
     "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 10, "warmup_epochs": 1.0, "lr": 0.04,
-    "momentum": 0.99, "out": "runs/scenes", "val_images": 64, "log_every": 10,
+    "momentum": 0.99, "position_std": 1.0, "out": "runs/scenes", "val_images": 64, "log_every": 10,
 }  # fmt: skip
 
 
@@ -1626,7 +1630,7 @@ def main(arguments=None):
     try:
         s = read_settings(arguments, int(os.environ.get("WORLD_SIZE", "1")))
         processes = Processes(s["device"])
-        s["precision"] = s["precision"] or choose_precision(processes.device)
+        s["precision"] = choose_precision(processes.device, s["precision"])
         if s["workers"] is None:
             s["workers"] = max(
                 1, min(12, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

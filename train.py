@@ -1457,8 +1457,8 @@ def bench(s, processes):
 # ------------------------------------------------------------------------------------------------ main
 
 SCENES_PRESET = {
-    "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 96, "focal_size": 48, "focal": 4,
-    "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 10, "warmup_epochs": 1.0, "lr": 0.04,
+    "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "focal_size": 32, "focal": 3,
+    "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 8, "warmup_epochs": 1.0, "lr": 0.04,
     "momentum": 0.99, "position_std": 1.0, "out": "runs/scenes", "val_images": 64, "log_every": 10,
 }  # fmt: skip
 

@@ -1458,7 +1458,7 @@ def bench(s, processes):
 
 SCENES_PRESET = {
     "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "focal_size": 32, "focal": 3,
-    "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 8, "warmup_epochs": 1.0, "lr": 0.04,
+    "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 6, "warmup_epochs": 1.0, "lr": 0.04,
     "momentum": 0.99, "position_std": 1.0, "out": "runs/scenes", "val_images": 64, "log_every": 10,
 }  # fmt: skip
 

@@ -1036,18 +1036,21 @@ SMALL = """
 TIMES = ("images_per_second", "waiting", "memory_gib")
 
 
+def launcher(processes):
+    """The command that starts a script in this many processes."""
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_port",
+        str(free_port()),
+    ]
+    return [sys.executable, *(torchrun if processes > 1 else [])]
+
+
 def run_train(out, *flags, processes=1, **options):
     """Run train.py as users do -> the finished process."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_port",
-            str(free_port()),
-        ]
-    command = [*launch, str(HERE / "train.py"), *SMALL, "--out", str(out), *map(str, flags)]
+    command = [*launcher(processes), str(HERE / "train.py"), *SMALL, "--out", str(out), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
 
 
@@ -1241,16 +1244,15 @@ def test_nan_stops_all_processes_at_its_step(tmp_path, processes):
         "loca.LOCA.forward = bad\n"
         "import train; sys.exit(train.main())\n"
     )
-    launch = [sys.executable]
-    if processes > 1:
-        launch += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_port",
-            str(free_port()),
-        ]
-    command = [*launch, str(poison), *SMALL, "--save-minutes", "0", "--out", str(tmp_path / "run")]
+    command = [
+        *launcher(processes),
+        str(poison),
+        *SMALL,
+        "--save-minutes",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     result = subprocess.run(
         command,
         capture_output=True,

@@ -1314,7 +1314,7 @@ def feature_colours(encoders, image, side, device):
     return pictures
 
 
-def show(checkpoint, names, s, processes):
+def show(checkpoint, names, processes):
     """Predicted positions of any images' patches, and their features in false colours (the checkpoint's
     encoder beside one of random weights), as one picture in --out."""
     if not Path(checkpoint).is_file():
@@ -1618,7 +1618,7 @@ def draw(s, processes):
     """Write the picture that --show or --curves asks for to --out."""
     if not s["out"].lower().endswith(".png"):
         raise Problem(f"--out {s['out']}: give the name of a .png file for the picture")
-    picture = show(s["show"][0], s["show"][1:], s, processes) if s["show"] else draw_curves(s["curves"])
+    picture = show(s["show"][0], s["show"][1:], processes) if s["show"] else draw_curves(s["curves"])
     Path(s["out"]).parent.mkdir(parents=True, exist_ok=True)
     picture.save(s["out"])
     print(f"{s['out']}: {picture.width} x {picture.height} pixels")

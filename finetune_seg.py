@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -32,7 +31,7 @@ from torchvision.transforms.v2 import functional as colour_functions
 
 import loca
 import train
-from train import REQUEUE, Log, Order, Problem, Processes, autocast, feed, set_seed
+from train import REQUEUE, Problem, autocast, check_batch, check_numbers, feed, require, set_seed
 
 IGNORED, ILLEGAL = 255, 254  # labels: counts nowhere; stands for no class of the data set
 
@@ -355,9 +354,7 @@ def check_masks(parts, processes):
         except Exception as error:  # a damaged file can make a decoder say anything
             return -1, f"{part.pairs[i][1]}: {error}"
 
-    with ThreadPoolExecutor(
-        max(2, train.cores() if hasattr(train, "cores") else os.cpu_count() or 2)
-    ) as pool:
+    with ThreadPoolExecutor() as pool:
         results = list(pool.map(check, jobs))
     wrong = [text for _, text in results if text]
     found = processes.sum([float(len(wrong))])[0]
@@ -857,87 +854,32 @@ def restore(s, saved, device):
 # ------------------------------------------------------------------------------------------------ loop
 
 
-class Meter:
-    """Loss, waiting and speed between two log lines; nothing waits for the device until they are read."""
-
-    def __init__(self, processes, saved=None):
-        self.processes, self.unreadable = processes, set()
-        self.failed = torch.full(
-            (2,), -1.0, device=processes.device
-        )  # first bad step, this process's loss there
-        self.clear()
-        if saved is not None:
-            self.loss, self.count = saved[1].to(processes.device), int(saved[0])
-
-    def clear(self):
-        self.loss, self.count = torch.zeros((), device=self.processes.device), 0
-        self.begin, self.waited = time.perf_counter(), 0.0
-
-    def fetch(self, batches, images):
-        """The next batch, its waiting time counted and its unreadable files named once each."""
-        begin = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - begin
-        for wrong in set(filter(None, batch["unreadable"])) - self.unreadable:
-            self.unreadable.add(wrong)
-            print(f"warning: {wrong}; another image stands in for it", file=sys.stderr, flush=True)
-            if len(self.unreadable) > 0.05 * images:
-                raise Problem(
-                    f"{len(self.unreadable)} of {images} images cannot be read, over 5 %: see above"
-                )
-        return batch
-
-    def add(self, step, loss, gradient_norm):
-        """Add one step; the gradient norm is the same on all processes, and not finite where one's loss
-        is."""
-        self.loss, self.count = self.loss + loss, self.count + 1
-        first = (self.failed[0] < 0) & ~gradient_norm.isfinite()
-        self.failed = torch.where(first, torch.stack([torch.full_like(loss, step), loss]), self.failed)
-
-    def check(self):
-        """Raise Problem, on all processes alike, where a step's gradient was not finite."""
-        step, loss = self.failed.tolist()
-        if step >= 0:
-            raise Problem(
-                f"step {int(step)}: the loss or its gradient is not finite; process {self.processes.rank} had loss "
-                f"{loss:.4g}. The last checkpoint is untouched: try a smaller --lr or --clip 1 in another --out"
-            )
-
-    def read(self, batch):
-        """Mean loss over all processes, images per second and share of waiting; everything starts anew."""
-        seconds, count = time.perf_counter() - self.begin, self.count
-        record = {"loss": self.processes.sum([self.loss / (count * self.processes.world)])[0]}
-        waiting = self.waited / seconds
-        self.clear()
-        return {**record, "images_per_second": count * batch / seconds, "waiting": waiting}
-
-
 def finetune(s, weights, processes):
     """Train from the run folder's last checkpoint, or from the start, to the end -> exit code."""
-    run = Run(s, weights, processes)
+    run = Finetuning(s, weights, processes)
     model, optimizer, device = run.model, run.optimizer, processes.device
     net = processes.wrap(model)
     processes.listen()
 
-    with contextlib.closing(run.batches()) as batches:  # its workers end with it, whatever happens
+    with contextlib.closing(run.batches(Crops(run.images, s), run.count)) as batches:  # ends the workers
         for step in range(run.first, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, run.steps, s["lr"]) * group["scale"]
-            total = 0.0
+            micro_losses = []
             for micro in range(s["accumulate"]):
-                batch = run.meter.fetch(batches, len(run.images))
+                batch = run.window.fetch(batches)
                 set_seed(s["seed"], step, processes.rank, micro)
                 last = micro == s["accumulate"] - 1
                 with contextlib.nullcontext() if last or processes.world == 1 else net.no_sync():
                     with autocast(s["precision"], device):
                         logits = net(train.plain_colours(batch["image"]))
-                    loss = segmentation_loss(logits, batch["labels"]) / s["accumulate"]
-                    loss.backward()
-                total = total + loss.detach()
+                    loss = segmentation_loss(logits, batch["labels"])
+                    (loss / s["accumulate"]).backward()
+                micro_losses.append({"loss": loss})
             norm = nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            run.meter.add(step, total, norm)
+            run.window.add(step, micro_losses, norm)
             if run.after_step(step + 1):
                 return REQUEUE
     run.finish()
@@ -952,24 +894,24 @@ def segmentation_loss(logits, labels):
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-RUN_ONLY = {
-    "eval_only", "checkpoint", "predict", "multi_scale", "window_batch", "split", "evaluations",
-}  # fmt: skip  # settings that a resumed run may change, besides train.RUN_ONLY
+class Finetuning(train.Run):
+    """Data, model and initial weights of a fine-tuning run; evaluations and the best checkpoint on the way."""
 
-
-class Run:
-    """What surrounds the loop: data, model and checkpoint at the start, log, evaluation and files on the
-    way."""
+    best = None  # mIoU
 
     def __init__(self, s, weights, processes):
-        self.processes, self.out = processes, Path(s["out"])
+        super().__init__(s, processes)
         (self.images, self.val), self.classes, self.palette = open_data(s, processes, ("train", "val"))
         whole = len(self.images)
         if s["fraction"] != 1:
             self.images.select(choose_subset(whole, s["fraction"], s["seed"]))
-        counted = whole if s["schedule_in"] == "steps" else len(self.images)
+        self.epoch_images = len(self.images)
+        self.count = self.epoch_images * math.ceil(
+            s["batch"] / self.epoch_images
+        )  # few images go round in a batch
+        counted = whole if s["schedule_in"] == "steps" else self.epoch_images
         self.steps = s["steps"] or max(1, round(s["epochs"] * counted / s["batch"]))
-        self.s = s = {**s, "images": len(self.images), "classes": len(self.classes)}
+        self.s = s = {**s, "images": self.epoch_images, "classes": len(self.classes)}
         set_seed(s["seed"])
         self.model = build(s, len(self.classes))
         if weights is not None:
@@ -979,131 +921,58 @@ class Run:
                 raise Problem(f"--init {s['init']}: {error}") from error
         self.model.to(processes.device).train()
         self.optimizer = make_optimizer(self.model, s, processes.device)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.best = None
-        self.first, window = self.resume()
-        self.meter = Meter(processes, window)
-        self.log = Log(self.out, self.first + 1) if processes.main else None
-        self.saved_at = time.monotonic()
+        self.parts = {"model": self.model, "optimizer": self.optimizer}
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        share, world = s["batch"] // processes.world // s["accumulate"], processes.world
-        processes.say(
-            f"{world} process{'es' * (world > 1)} on {processes.device.type}, {s['precision']}; {share} images per "
-            f"device x {world} x {s['accumulate']} accumulated = batch {s['batch']}\n{len(self.images)} of {whole} "
-            f"images, {len(self.val)} for validation, {len(self.classes)} classes; {self.steps} steps from {self.first}; "
-            f"{s['optimizer']}, {trained:.2f} M parameters trained; start: {s['init']}; in {self.out}"
+        self.begin(
+            ("loss", "gradient_norm"),
+            f"{self.epoch_images} of {whole} images, {len(self.val)} for validation, {len(self.classes)} classes; "
+            f"{s['optimizer']}, {trained:.2f} M parameters trained; start: {s['init']}",
         )
-        if processes.main:
-            (self.out / "settings.json").write_text(json.dumps(s, indent=1) + "\n")
 
-    def resume(self):
-        """Load the run's last checkpoint if it has one -> steps done and the sums of the log line under
-        way."""
-        path = self.out / "last.pt"
-        if not path.exists():
-            return 0, None
-        saved = train.load_file(path)
-        old, new = ({k: v for k, v in x.items() if k not in RUN_ONLY} for x in (saved["settings"], self.s))
-        train.check_same_run(path, old, new, self.processes)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.best = saved["best"]
-        self.processes.say(f"resuming {path} at step {saved['step']}")
-        return saved["step"], saved["window"]
+    def evaluate_now(self, done):
+        parts = max(1, self.s["evaluations"])
+        return done * parts // self.steps > (done - 1) * parts // self.steps
 
-    def batches(self):
-        """This process's micro-batches from the first step on; fewer images than a batch go round in it."""
-        s, p = self.s, self.processes
-        count = len(self.images) * math.ceil(s["batch"] / len(self.images))
-        order = Order(count, s["batch"], s["seed"], self.first, self.steps, p.rank, p.world, s["accumulate"])
-        return feed(train.make_loader(Crops(self.images, s), order, s["workers"], p.device), p.device)
-
-    def after_step(self, done):
-        """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
-        s, p, parts = self.s, self.processes, max(1, self.s["evaluations"])
-        evaluate_now = done * parts // self.steps > (done - 1) * parts // self.steps
-        log_now, stop = done % s["log_every"] == 0 or evaluate_now, p.stop is not None
-        if log_now or p.device.type == "cpu":  # where reading the figures makes no device wait
-            self.meter.check()
-        if log_now:
-            stop = p.sum([float(stop)])[0] > 0
-            self.report(done, self.meter.read(s["batch"]))
-        elif p.world > 1:
-            return False  # all processes stop at the same step: the next log line
-        if evaluate_now:
-            self.evaluate(done)
-            self.meter.clear()  # the time of the evaluation is not the steps'
-        late = log_now and time.monotonic() - self.saved_at > 60 * s["save_minutes"]
-        if p.main and (stop or late or done == self.steps):
-            self.save(done, "last.pt")
-        if stop and done < self.steps:
-            p.say(f"asked to stop: saved at step {done}; the same command goes on from there")
-            return True
-        return False
-
-    def report(self, done, record):
-        """One line on the screen, one record in the log."""
-        s, epoch = self.s, done * self.s["batch"] / len(self.images)
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        record = {"lr": rate, **record, "memory_gib": train.peak_memory(self.processes.device)}
-        left = (self.steps - done) * s["batch"] / record["images_per_second"]
-        self.processes.say(
-            f"step {done}/{self.steps} epoch {epoch:.1f} | loss {record['loss']:.3f} | lr {rate:.1e} | "
-            f"{record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
-            f"{record['memory_gib']:.1f} GiB | {train.duration(left)} left"
-        )
-        if self.log:
-            self.log.write({"step": done, "epoch": epoch, **record})
+    def describe(self, record):
+        return ""
 
     def evaluate(self, done):
         """Validation figures on the screen, in the log and in results.json; the sheet; the best
         checkpoint."""
-        result = self.result = evaluate(self.model, self.val, self.s, self.processes, len(self.classes))
+        result = evaluate(self.model, self.val, self.s, self.processes, len(self.classes))
         report(result, self.classes, self.processes, table=done == self.steps)
         better = self.best is None or result["miou"] > self.best
         self.best = result["miou"] if better else self.best
-        if self.log:
-            epoch = done * self.s["batch"] / len(self.images)
-            self.log.write(
-                {"step": done, "epoch": epoch, **{f"val_{name}": result[name] for name in FIGURES}}
-            )
-            write_results(
-                self.out / "results.json", result, self.classes, step=done, split="val", best=self.best
-            )
+        self.write(done, {f"val_{name}": result[name] for name in FIGURES})
+        if self.processes.main:
+            path = self.out / "results.json"
+            write_results(path, result, self.classes, step=done, split="val", best=self.best)
             if better:
                 self.save(done, "best.pt")
-            draw_sheet(self.model, self.val, self.s, self.processes.device, self.classes, self.palette).save(
-                self.out / "predictions.png"
+            sheet = draw_sheet(
+                self.model, self.val, self.s, self.processes.device, self.classes, self.palette
             )
+            sheet.save(self.out / "predictions.png")
 
     def save(self, done, name):
-        """Write a checkpoint that rebuilds the model alone; the last one also has what resuming needs."""
-        content = {
-            "model": self.model.state_dict(), "settings": self.s, "classes": self.classes, "palette": self.palette,
-            "step": done, "best": self.best,
-        }  # fmt: skip
-        if name == "last.pt":
-            content["optimizer"] = self.optimizer.state_dict()
-            content["window"] = torch.tensor([float(self.meter.count), float(self.meter.loss)])
-            self.saved_at = time.monotonic()
-        train.save_file(self.out / name, content)
+        """Write a checkpoint; it rebuilds the model alone."""
+        parts = self.parts if name == "last.pt" else {"model": self.model}
+        self.write_checkpoint(done, name, parts, classes=self.classes, palette=self.palette)
 
     def finish(self):
         """Say what the run made and what to do next."""
         say, s, out = self.processes.say, self.s, self.out
-        if self.best is not None:
-            say(f"best mIoU {self.best:.2%}")
+        say(f"best mIoU {self.best:.2%}")
         say(f"{out}: last.pt, best.pt, results.json, predictions.png, metrics.jsonl, settings.json")
         say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
         if s["name"] == "scenes" and s["init"] != "none":
             sizes = "".join(
-                f" --{name.replace('_', '-')} {s[name]}" for name in SIZES if s[name] != SCENES_PRESET[name]
+                f" {train.flag(name)} {s[name]}" for name in SIZES if s[name] != SCENES_PRESET[name]
             )
             say(f"the same from scratch: python finetune_seg.py --init none --out {out}_scratch{sizes}")
         elif s["name"] == "scenes":
             say(
-                "from pretrained weights: python train.py, then python finetune_seg.py --out "
-                + f"{out}_pretrained"
+                f"from pretrained weights: python train.py, then python finetune_seg.py --out {out}_pretrained"
             )
 
 
@@ -1206,7 +1075,7 @@ def read_settings(arguments, world):
     if looking:
         content = read_checkpoint(s)
         preset = content["settings"]
-        s = {**defaults, **{k: v for k, v in preset.items() if k not in RUN_ONLY | train.RUN_ONLY}, **told}
+        s = {**defaults, **{k: v for k, v in preset.items() if k not in train.RUN_ONLY}, **told}
         s["out"] = s["out"] or ("predictions" if s["predict"] else str(Path(s["checkpoint"] or "x").parent))
     name, folder = split_data(s)
     if not looking:
@@ -1286,49 +1155,34 @@ def starting_weights(s, data):
 def check_settings(s):
     """Raise Problem, in one line with the remedy, for settings that cannot work; settle the fraction."""
 
-    def check(good, text):
-        if not good:
-            raise Problem(text)
-
     try:
         s["fraction"] = float(Fraction(s["fraction"]))
     except (ValueError, ZeroDivisionError) as error:
         raise Problem(f"--fraction {s['fraction']}: give a share as 1/32 or 0.25") from error
-    check(0 < s["fraction"] <= 1, f"--fraction {s['fraction']}: it is to lie above 0 and not above 1")
-    for name in SIZES:
-        check(s[name] > 0, f"--{name.replace('_', '-')} {s[name]}: it is to be above 0")
+    require(0 < s["fraction"] <= 1, f"--fraction {s['fraction']}: it is to lie above 0 and not above 1")
+    above = "base_size lr log_every window_batch scenes layer_decay steps epochs classes".split()
+    from_0 = "weight_decay clip seed evaluations workers save_minutes".split()
+    check_numbers(s, (*SIZES, *above), from_0)
     for name in ("crop", "window"):
         nearest = [max(1, round(side / s["patch_size"])) * s["patch_size"] for side in s[name]]
-        fits = all(side > 0 and side % s["patch_size"] == 0 for side in s[name])
-        sides, better = (" ".join(map(str, x)) for x in (s[name], nearest))
-        check(
-            fits, f"--{name} {sides} is not a multiple of the patch, {s['patch_size']}: try --{name} {better}"
+        given, better = (" ".join(map(str, x)) for x in (s[name], nearest))
+        require(
+            all(side > 0 and side % s["patch_size"] == 0 for side in s[name]),
+            f"--{name} {given} is not a multiple of the patch, {s['patch_size']}: try --{name} {better}",
         )
     for side, step in zip(s["window"], s["stride"]):
-        check(0 < step <= side, f"--stride {step}: it is to be above 0 and not above the window, {side}")
-    shares = s["world"] * s["accumulate"]
-    check(
-        s["accumulate"] > 0 and s["batch"] > 0 and s["batch"] % shares == 0,
-        f"--batch {s['batch']} is not a multiple of {s['world']} processes x --accumulate {s['accumulate']}: "
-        f"try {max(1, round(s['batch'] / max(shares, 1))) * shares}",
+        require(0 < step <= side, f"--stride {step}: it is to be above 0 and not above the window, {side}")
+    check_batch(s)
+    require(
+        s["classes"] is None or s["classes"] < ILLEGAL, f"--classes {s['classes']}: {ILLEGAL - 1} at most"
     )
-    for name in ("base_size", "lr", "log_every", "window_batch", "scenes", "layer_decay"):
-        check(s[name] > 0, f"--{name.replace('_', '-')} {s[name]}: it is to be above 0")
-    for name in ("weight_decay", "clip", "seed", "evaluations", "workers", "save_minutes"):
-        check((s[name] or 0) >= 0, f"--{name.replace('_', '-')} {s[name]}: it is not to be below 0")
-    for name in ("steps", "epochs", "classes"):
-        check(s[name] is None or s[name] > 0, f"--{name} {s[name]}: it is to be above 0")
-    check(s["classes"] is None or s["classes"] < ILLEGAL, f"--classes {s['classes']}: 253 at most")
-    check(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
+    require(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
     splits = DATASETS[s["name"]].splits if s["name"] in DATASETS else {"train": "", "val": ""}
-    check(s["split"] in splits, f"--split {s['split']}: {s['name']} has {', '.join(splits)}")
-    check(
-        s["split"] == "val" or s["eval_only"],
-        f"--split {s['split']}: runs are judged on val; add --eval-only",
-    )
-    check(
-        not s["predict"] or os.path.exists(s["predict"]), f"--predict {s['predict']}: there is no such file"
-    )
+    require(s["split"] in splits, f"--split {s['split']}: {s['name']} has {', '.join(splits)}")
+    on_val = f"--split {s['split']}: runs are judged on val; add --eval-only"
+    require(s["split"] == "val" or s["eval_only"], on_val)
+    there = not s["predict"] or os.path.exists(s["predict"])
+    require(there, f"--predict {s['predict']}: there is no such file")
     try:
         with torch.device("meta"):
             build(s, 2)
@@ -1336,24 +1190,16 @@ def check_settings(s):
         raise Problem(f"{error}: see --patch-size, --heads, --dim") from error
 
 
+def dispatch(s, content, processes):
+    """What the settings ask for -> exit code."""
+    if s["predict"]:
+        return predict(s, content, processes)
+    return evaluate_only(s, content, processes) if s["eval_only"] else finetune(s, content, processes)
+
+
 def main(arguments=None):
-    """Run the command line -> exit code; 2 and one line on stderr for a Problem."""
-    try:
-        s, content = read_settings(arguments, int(os.environ.get("WORLD_SIZE", "1")))
-        processes = Processes(s["device"])
-        s["precision"] = train.choose_precision(processes.device, s["precision"])
-        if s["workers"] is None:
-            share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            s["workers"] = max(1, min(12, share))
-        if s["predict"]:
-            return predict(s, content, processes)
-        return evaluate_only(s, content, processes) if s["eval_only"] else finetune(s, content, processes)
-    except Problem as problem:
-        print(f"finetune_seg.py: {problem}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    """Run the command line -> exit code."""
+    return train.launch("finetune_seg.py", read_settings, dispatch, arguments)
 
 
 if __name__ == "__main__":

@@ -1917,14 +1917,14 @@ def test_seg_run_folder(seg):
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_seg_resume_is_exact(seg, tmp_path, stop, monkeypatch, capsys):
-    report = finetune_seg.Run.after_step
+    report = train.Run.after_step
 
     def stopped(self, done):
         if done == stop:
             self.processes.stop = signal.SIGTERM
         return report(self, done)
 
-    monkeypatch.setattr(finetune_seg.Run, "after_step", stopped)
+    monkeypatch.setattr(train.Run, "after_step", stopped)
     assert finetune_seg.main(seg_flags(seg, tmp_path)) == train.REQUEUE
     monkeypatch.undo()
     assert finetune_seg.main(seg_flags(seg, tmp_path, "--log-every", "2")) == 0

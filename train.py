@@ -764,7 +764,8 @@ def duration(seconds):
 
 RUN_ONLY = {
     "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes", "keep", "tensorboard",
-    "cache_list", "accumulate", "bench", "show", "curves", "world",
+    "cache_list", "accumulate", "bench", "show", "curves", "world", "eval_only", "checkpoint", "predict", "multi_scale",
+    "window_batch", "split", "evaluations",
 }  # fmt: skip  # settings that a resumed run may change
 
 
@@ -807,28 +808,29 @@ def open_data(s, processes):
 
 
 class Window:
-    """Sums between two log lines, on the device: nothing waits for them until they are read."""
+    """Sums of named terms between two log lines, on the device: nothing waits for them until they are read."""
 
-    NAMES = (
-        "loss", "position_loss", "feature_loss", "position_accuracy", "cross_entropy", "prototype_perplexity",
-        "target_entropy", "gradient_norm",
-    )  # fmt: skip
-
-    def __init__(self, processes, saved=None):
-        self.processes, self.unreadable = processes, set()
+    def __init__(self, names, processes, images, saved=None):
+        self.names, self.processes = names, processes
+        self.share, self.seen, self.unreadable = images // processes.world, 0, set()
         self.failed = torch.full(
-            (1 + len(self.NAMES),), -1.0, device=processes.device
+            (1 + len(names),), -1.0, device=processes.device
         )  # first bad step, its terms
         self.clear()
         if saved is not None:
             self.sums, self.count = saved[1:].to(processes.device), int(saved[0])
 
     def clear(self):
-        self.sums, self.count = torch.zeros(len(self.NAMES), device=self.processes.device), 0
+        self.sums, self.count = torch.zeros(len(self.names), device=self.processes.device), 0
         self.begin, self.waited = time.perf_counter(), 0.0
 
+    def state(self):
+        """What a checkpoint keeps of the window under way."""
+        return torch.cat([torch.tensor([float(self.count)]), self.sums.cpu()])
+
     def fetch(self, batches):
-        """The next batch, its waiting time counted and its unreadable files named once each."""
+        """The next batch, its waiting time counted, its unreadable files named once each. Raises Problem where
+        they are over 5 % of the images."""
         begin = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - begin
@@ -836,15 +838,22 @@ class Window:
             self.unreadable.add(wrong)
             text = f"warning: unreadable image {wrong}; another one stands in for it"
             print(text, file=sys.stderr, flush=True)
+        self.seen += len(batch["unreadable"])
+        if len(self.unreadable) > 0.05 * min(self.share, max(self.seen, 400)):
+            count = len(self.unreadable)
+            raise Problem(
+                f"{count} of the images read so far cannot be decoded, over 5 %: see the warnings above"
+            )
         return batch
 
     def add(self, step, micro_losses, gradient_norm):
-        """Add one step: the mean of its micro-batches' losses. The gradient norm is the same on all ranks,
-        and not finite on all where one rank's loss is not."""
-        means = {
-            name: sum(losses[name] for losses in micro_losses) / len(micro_losses) for name in self.NAMES[:-1]
-        }
-        terms = torch.stack([*(value.detach().float() for value in means.values()), gradient_norm.float()])
+        """Add one step: the mean of its micro-batches' terms. The gradient norm, the last term, is the same on
+        all ranks, and not finite on all where one rank's loss is not."""
+        means = [
+            sum(losses[name].detach() for losses in micro_losses) / len(micro_losses)
+            for name in self.names[:-1]
+        ]
+        terms = torch.stack([value.float() for value in (*means, gradient_norm)])
         self.sums, self.count = self.sums + terms, self.count + 1
         first = (self.failed[0] < 0) & ~gradient_norm.isfinite()
         self.failed = torch.where(first, torch.cat([terms.new_full((1,), step), terms]), self.failed)
@@ -853,7 +862,7 @@ class Window:
         """Raise Problem, on all ranks alike, where a step's gradient was not finite."""
         step, *terms = self.failed.tolist()
         if step >= 0:
-            values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.NAMES, terms))
+            values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, terms))
             raise Problem(
                 f"step {int(step)}: the loss or its gradient is not finite; rank {self.processes.rank} had {values}. "
                 "The last checkpoint is untouched: go on from it in another --out with a smaller --lr or in float32"
@@ -863,22 +872,132 @@ class Window:
         """Means over the window and all processes, images per second and share of waiting; the window starts
         anew."""
         seconds = time.perf_counter() - self.begin
-        record = dict(zip(self.NAMES, self.processes.sum(self.sums / (self.count * self.processes.world))))
+        record = dict(zip(self.names, self.processes.sum(self.sums / (self.count * self.processes.world))))
         speed, waiting = self.count * batch / seconds, self.waited / seconds
         self.clear()
         return {**record, "images_per_second": speed, "waiting": waiting}
 
 
+class Run:
+    """What surrounds a training loop: the checkpoint at its start; log, evaluation and files on the way.
+
+    A subclass sets out, images, steps, s and parts (what a checkpoint holds, by name), calls begin, and gives
+    evaluate_now, describe, evaluate and save.
+    """
+
+    def __init__(self, s, processes):
+        self.s, self.processes, self.out = s, processes, Path(s["out"])
+
+    def begin(self, terms, title):
+        """Go on from the run folder's last checkpoint if it has one; open the log; say what starts."""
+        s, world = self.s, self.processes.world
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.first, window = self.resume()
+        self.window = Window(terms, self.processes, len(self.images), window)
+        self.log = Log(self.out, self.first + 1, s.get("tensorboard")) if self.processes.main else None
+        self.saved_at = time.monotonic()
+        self.processes.say(
+            f"{world} process{'es' * (world > 1)} on {self.processes.device.type}, {s['precision']}; "
+            f"{s['batch'] // world // s['accumulate']} images per device x {world} x {s['accumulate']} accumulated = "
+            f"batch {s['batch']}\n{title}; {self.steps} steps, from {self.first}; in {self.out}"
+        )
+        if self.processes.main:
+            (self.out / "settings.json").write_text(json.dumps(s, indent=1) + "\n")
+
+    def resume(self):
+        """Load the last checkpoint -> steps done and the sums of the window under way."""
+        path = self.out / "last.pt"
+        if not path.exists():
+            return 0, None
+        saved = load_file(path)
+        check_same_run(path, saved["settings"], self.s, self.processes)
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.best = saved["best"]
+        self.processes.say(f"resuming {path} at step {saved['step']}")
+        return saved["step"], saved["window"]
+
+    def batches(self, dataset, count):
+        """This process's micro-batches, of numbers below `count`, from the first step on."""
+        s, p = self.s, self.processes
+        order = Order(count, s["batch"], s["seed"], self.first, self.steps, p.rank, p.world, s["accumulate"])
+        return feed(make_loader(dataset, order, s["workers"], p.device), p.device)
+
+    def after_step(self, done):
+        """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
+        s, p = self.s, self.processes
+        evaluate_now, stop = self.evaluate_now(done), p.stop is not None
+        log_now = done % s["log_every"] == 0 or evaluate_now
+        if log_now or p.device.type == "cpu":  # where reading the figures makes no device wait
+            self.window.check()
+        if log_now:
+            stop = p.sum([float(stop)])[0] > 0
+            self.report(done, self.window.read(s["batch"]))
+        elif p.world > 1:
+            return False  # all processes stop at the same step: the next log line
+        if evaluate_now:
+            self.evaluate(done)
+            self.window.clear()  # the time of the evaluation is not the steps'
+        late = log_now and time.monotonic() - self.saved_at > 60 * s["save_minutes"]
+        if p.main and (stop or late or done == self.steps):
+            self.save(done, "last.pt")
+            self.saved_at = time.monotonic()
+        if stop and done < self.steps:
+            p.say(f"asked to stop: saved at step {done}; the same command goes on from there")
+            return True
+        return False
+
+    def report(self, done, record):
+        """One line on the screen, one record in the log."""
+        s, epoch = self.s, done * self.s["batch"] / self.epoch_images
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        record = {"lr": rate, **record, "memory_gib": peak_memory(self.processes.device)}
+        left = (self.steps - done) * s["batch"] / record["images_per_second"]
+        self.processes.say(
+            f"step {done}/{self.steps} epoch {epoch:.1f} | loss {record['loss']:.3f} | {self.describe(record)}lr "
+            f"{rate:.1e} | {record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
+            f"{record['memory_gib']:.1f} GiB | {duration(left)} left"
+        )
+        self.write(done, record)
+
+    def write(self, done, record):
+        """Add a record to the log."""
+        if self.log:
+            self.log.write({"step": done, "epoch": done * self.s["batch"] / self.epoch_images, **record})
+
+    def write_checkpoint(self, done, name, parts, **more):
+        """Write the state of some parts, the settings, and how far the run is."""
+        self.window.check()
+        state = {name: part.state_dict() for name, part in parts.items()}
+        content = {
+            **state,
+            "settings": self.s,
+            "step": done,
+            "best": self.best,
+            "window": self.window.state(),
+            **more,
+        }
+        save_file(self.out / name, content)
+
+
+TERMS = (
+    "loss", "position_loss", "feature_loss", "position_accuracy", "cross_entropy", "prototype_perplexity",
+    "target_entropy", "gradient_norm",
+)  # fmt: skip
+
+
 def pretrain(s, processes):
     """Run the settings from the run folder's last checkpoint, or from the start, to the end -> exit code."""
-    run = Run(s, processes)
+    run = Pretraining(s, processes)
     model, teacher, optimizer, device = run.model, run.teacher, run.optimizer, processes.device
     net = torch.compile(model) if s["compile"] else model
     net = processes.wrap(net, static_graph=s["accumulate"] == 1)
     peak = s["lr"] * s["batch"] / 1024
     processes.listen()
 
-    with contextlib.closing(run.batches()) as batches:  # ends the workers whatever happens
+    with contextlib.closing(
+        run.batches(Views(run.images, s), len(run.images))
+    ) as batches:  # ends the workers
         for step in range(run.first, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, run.steps, run.warmup, peak)
@@ -905,18 +1024,20 @@ def pretrain(s, processes):
     return 0
 
 
-class Run:
-    """What surrounds the loop: data, model and checkpoint at the start, log, held-out figures and files on
-    the way."""
+class Pretraining(Run):
+    """Data, model and teacher of a pretraining run; held-out figures, warnings and pictures on the way."""
+
+    best = None  # held-out position accuracy
 
     def __init__(self, s, processes):
-        self.processes, self.out = processes, Path(s["out"])
+        super().__init__(s, processes)
         self.images, self.val_images = open_data(s, processes)
         self.s = s = {**s, "images": len(self.images)}
         if len(self.images) < s["batch"]:
             few = len(self.images)
             raise Problem(f"{few} images are fewer than one batch: give --batch {few} or less")
         self.epoch_steps = len(self.images) // s["batch"]
+        self.epoch_images = self.epoch_steps * s["batch"]
         self.steps = s["steps"] or s["epochs"] * self.epoch_steps
         self.warmup = min(round(s["warmup_epochs"] * self.epoch_steps), self.steps // 2)
         set_seed(s["seed"])
@@ -924,113 +1045,42 @@ class Run:
         self.teacher = loca.make_teacher(self.model) if self.model.head else None
         groups = parameter_groups(self.model, s["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=processes.device.type in ("cuda", "cpu"))
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.first, window = self.resume()
-        self.window = Window(processes, window)
-        self.log = Log(self.out, self.first + 1, s["tensorboard"]) if processes.main else None
-        self.saved_at, self.warned, self.accuracy = time.monotonic(), set(), None
+        self.parts = {"model": self.model, "optimizer": self.optimizer}
+        self.parts |= {"teacher": self.teacher} if self.teacher else {}
+        self.warned = set()
         self.chances = {
             "position_loss": math.log(self.model.positions),
             "cross_entropy": math.log(s["prototypes"]) if self.teacher else 0.0,
         }
-        share, world, accumulate = (
-            s["batch"] // processes.world // s["accumulate"],
-            processes.world,
-            s["accumulate"],
+        size = sum(x.numel() for x in self.model.encoder.parameters()) / 1e6
+        self.begin(
+            TERMS,
+            f"{len(self.images)} images, {self.epoch_steps} steps an epoch, {len(self.val_images)} held out; "
+            f"encoder of {size:.1f} M parameters",
         )
-        processes.say(
-            f"{world} process{'es' * (world > 1)} on {processes.device.type}, {s['precision']}; {share} images per "
-            f"device x {world} x {accumulate} accumulated = batch {s['batch']}\n{len(self.images)} images, "
-            f"{len(self.val_images)} held out; {self.steps} steps of {self.epoch_steps} an epoch, from {self.first}; "
-            f"encoder of {sum(x.numel() for x in self.model.encoder.parameters()) / 1e6:.1f} M parameters; in {self.out}"
+
+    def evaluate_now(self, done):
+        return done % self.epoch_steps == 0 or done == self.steps
+
+    def describe(self, record):
+        """The losses beside their chance level, for the line on the screen."""
+        titles = (("position", "position_loss"), ("cluster", "cross_entropy"))
+        losses = (
+            f"{t} {record[k]:.3f} (chance {self.chances[k]:.2f}) | " for t, k in titles if self.chances[k]
         )
-        if processes.main:
-            (self.out / "settings.json").write_text(json.dumps(s, indent=1) + "\n")
-
-    def resume(self):
-        """Load the run's last checkpoint if it has one -> steps done and the sums of the window under way."""
-        path = self.out / "last.pt"
-        if not path.exists():
-            return 0, None
-        saved = load_file(path)
-        check_same_run(path, saved["settings"], self.s, self.processes)
-        self.model.load_state_dict(saved["model"])
-        if self.teacher is not None:
-            self.teacher.load_state_dict(saved["teacher"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.processes.say(f"resuming {path} at step {saved['step']}")
-        return saved["step"], saved["window"]
-
-    def batches(self):
-        """This process's micro-batches from the first step on."""
-        s, p = self.s, self.processes
-        order = Order(
-            len(self.images), s["batch"], s["seed"], self.first, self.steps, p.rank, p.world, s["accumulate"]
-        )
-        return feed(make_loader(Views(self.images, s), order, s["workers"], p.device), p.device)
-
-    def after_step(self, done):
-        """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
-        s, p = self.s, self.processes
-        epoch, into_epoch = divmod(done, self.epoch_steps)
-        epoch_end, stop = into_epoch == 0 or done == self.steps, p.stop is not None
-        log_now = done % s["log_every"] == 0 or epoch_end
-        if log_now or p.device.type == "cpu":  # where reading the figures makes no device wait
-            self.window.check()
-        if log_now:
-            stop = p.sum([float(stop)])[0] > 0
-            self.report(done, self.window.read(s["batch"]))
-        elif p.world > 1:
-            return False  # all processes stop at the same step: the next log line
-        if epoch_end:
-            self.evaluate(done)
-            self.window.clear()  # the time of the evaluation is not the steps'
-        if p.main:
-            if s["keep"] and into_epoch == 0 and epoch % s["keep"] == 0:
-                self.save(done, f"epoch_{epoch:04d}.pt")
-            late = log_now and time.monotonic() - self.saved_at > 60 * s["save_minutes"]
-            if stop or late or done == self.steps:
-                self.save(done, "last.pt")
-        if stop:
-            p.say(f"asked to stop: saved at step {done}; the same command goes on from there")
-        return stop
+        return f"{''.join(losses)}accuracy {record['position_accuracy']:.1%} | "
 
     def report(self, done, record):
-        """One line on the screen, one record in the log; warn where something does not learn."""
-        s, count, per_epoch = self.s, len(self.window.unreadable), self.epoch_steps * self.s["batch"]
-        record = {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **record,
-            "memory_gib": peak_memory(self.processes.device),
-        }
-        losses = "".join(
-            f"{title} {record[name]:.3f} (chance {self.chances[name]:.2f}) | "
-            for title, name in (("position", "position_loss"), ("cluster", "cross_entropy"))
-            if self.chances[name]
-        )
-        left = (self.steps - done) * s["batch"] / record["images_per_second"]
-        self.processes.say(
-            f"step {done}/{self.steps} epoch {done / self.epoch_steps:.1f} | loss {record['loss']:.3f} | {losses}"
-            f"accuracy {record['position_accuracy']:.1%} | lr {record['lr']:.1e} | {record['images_per_second']:.1f} "
-            f"img/s | waiting for data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | {duration(left)} left"
-        )
-        if self.log:
-            self.log.write({"step": done, "epoch": done / self.epoch_steps, **record})
-        weights = {"position_loss": s["position_weight"], "cross_entropy": s["feature_weight"]}
+        """As every run; and warn where something does not learn."""
+        super().report(done, record)
+        s, weights = self.s, {"position_loss": "position_weight", "cross_entropy": "feature_weight"}
         if done > max(200, self.steps // 4):
             for name, chance in self.chances.items():
-                if weights[name] and chance and record[name] > 0.99 * chance:
+                if s[weights[name]] and chance and record[name] > 0.99 * chance:
                     self.warn(f"a quarter of the steps is done and {name} is still at chance", "is at chance")
-        if self.teacher and done > 200 and record["prototype_perplexity"] < 0.02 * s["prototypes"]:
-            self.warn(
-                f"the predictions use {record['prototype_perplexity']:.0f} of {s['prototypes']} prototypes",
-                "collapse",
-            )
-        seen = min(done * s["batch"], per_epoch) / self.processes.world
-        if count > 0.05 * (max(seen, 400) if per_epoch > 400 else seen):
-            raise Problem(
-                f"{count} of the images read so far cannot be decoded, over 5 %: see the warnings above"
-            )
+        used = record["prototype_perplexity"]
+        if self.teacher and done > 200 and used < 0.02 * s["prototypes"]:
+            self.warn(f"the predictions use {used:.0f} of {s['prototypes']} prototypes", "collapse")
 
     def warn(self, text, kind):
         if kind not in self.warned:
@@ -1038,55 +1088,44 @@ class Run:
             self.processes.say(f"warning: {text}; see the README's questions")
 
     def evaluate(self, done):
-        """Held-out figures: on the screen and in the log."""
-        if len(self.val_images) < self.processes.world:
-            return
-        record, s = evaluate(self.model, self.teacher, self.val_images, self.s, self.processes), self.s
-        self.accuracy = record["val_position_accuracy"]
-        clusters = (
-            f" | {record['val_prototype_perplexity']:.0f} of {s['prototypes']} prototypes in use, target entropy "
-            f"{record['val_target_entropy']:.2f} of {self.chances['cross_entropy']:.2f}"
-        )
-        self.processes.say(
-            f"epoch {done / self.epoch_steps:.0f} held out: position accuracy {self.accuracy:.2%} (chance "
-            f"{1 / self.model.positions:.2%}), loss {record['val_position_loss']:.3f} | features: spread "
-            f"{record['feature_std']:.2f} of 1, effective rank {record['effective_rank']:.0f} of {s['dim']}"
-            f"{clusters if self.teacher else ''}"
-        )
-        if record["feature_std"] < 0.05 or record["effective_rank"] < 2:
-            self.warn("the features are nearly the same everywhere", "collapse")
-        if self.log:
-            self.log.write({"step": done, "epoch": done / self.epoch_steps, **record})
+        """Held-out figures on the screen and in the log; keep a checkpoint of the epoch where asked to."""
+        epoch, into_epoch = divmod(done, self.epoch_steps)
+        if len(self.val_images) >= self.processes.world:
+            record, s = evaluate(self.model, self.teacher, self.val_images, self.s, self.processes), self.s
+            self.best = record["val_position_accuracy"]
+            clusters = (
+                f" | {record['val_prototype_perplexity']:.0f} of {s['prototypes']} prototypes in use, target entropy "
+                f"{record['val_target_entropy']:.2f} of {self.chances['cross_entropy']:.2f}"
+            )
+            self.processes.say(
+                f"epoch {done / self.epoch_steps:.0f} held out: position accuracy {self.best:.2%} (chance "
+                f"{1 / self.model.positions:.2%}), loss {record['val_position_loss']:.3f} | features: spread "
+                f"{record['feature_std']:.2f} of 1, effective rank {record['effective_rank']:.0f} of {s['dim']}"
+                f"{clusters if self.teacher else ''}"
+            )
+            if record["feature_std"] < 0.05 or record["effective_rank"] < 2:
+                self.warn("the features are nearly the same everywhere", "collapse")
+            self.write(done, record)
+        if self.processes.main and self.s["keep"] and into_epoch == 0 and epoch % self.s["keep"] == 0:
+            self.save(done, f"epoch_{epoch:04d}.pt")
 
     def save(self, done, name):
-        """Write a checkpoint; with the last one also the encoder alone and the picture."""
-        self.window.check()
-        content = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "settings": self.s,
-            "step": done,
-            "window": torch.cat([torch.tensor([float(self.window.count)]), self.window.sums.cpu()]),
-        }
-        if self.teacher is not None:
-            content["teacher"] = self.teacher.state_dict()
-        save_file(self.out / name, content)
+        """Write a checkpoint; with the last one also the encoder alone and the pictures."""
+        self.write_checkpoint(done, name, self.parts)
         if name == "last.pt":
             save_file(self.out / "encoder.pt", (self.teacher or self.model).encoder.state_dict())
             if len(self.val_images) and not self.s["single_image"]:
-                picture = draw_predictions(
-                    self.model, self.teacher, self.val_images, self.s, self.processes.device
-                )
+                device = self.processes.device
+                picture = draw_predictions(self.model, self.teacher, self.val_images, self.s, device)
                 picture.save(self.out / "predictions.png")
             draw_curves([self.out]).save(self.out / "curves.png")
-            self.saved_at = time.monotonic()
 
     def finish(self):
         """Say what the run made and what to do next."""
         say, s = self.processes.say, self.s
-        if self.accuracy is not None:
-            times = self.accuracy * self.model.positions
-            say(f"held-out position accuracy {self.accuracy:.2%}, {times:.1f} times chance")
+        if self.best is not None:
+            times = self.best * self.model.positions
+            say(f"held-out position accuracy {self.best:.2%}, {times:.1f} times chance")
         say(f"{self.out}: last.pt, encoder.pt (timm's names), predictions.png, curves.png, metrics.jsonl")
         say(
             "next: python finetune_seg.py"
@@ -1098,13 +1137,12 @@ def check_same_run(path, old, new, processes):
     """Raise Problem where the settings of a checkpoint and of this run differ in what makes the run; say what
     else changed."""
     for key in sorted(old.keys() & new.keys()):
-        flag = f"--{key.replace('_', '-')}"
         if old[key] != new[key] and key not in RUN_ONLY:
             raise Problem(
-                f"{path} was made with {flag} {old[key]}, not {new[key]}: give another --out, or {old[key]} to resume"
+                f"{path} was made with {flag(key)} {old[key]}, not {new[key]}: give another --out, or {old[key]} to resume"
             )
         if old[key] != new[key] and key not in ("bench", "out"):
-            processes.say(f"resuming with {flag} {new[key]}, before it was {old[key]}")
+            processes.say(f"resuming with {flag(key)} {new[key]}, before it was {old[key]}")
 
 
 @torch.no_grad()
@@ -1532,75 +1570,64 @@ def make_parser():
     return parser
 
 
-def read_settings(arguments, processes_world):
+def flag(name):
+    """The command-line flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require(good, text):
+    """Raise Problem with this text unless `good`."""
+    if not good:
+        raise Problem(text)
+
+
+def check_numbers(s, above, from_0):
+    """Settings that are to be above 0, or not below it; None is one that is not given. Raises Problem."""
+    for name in above:
+        require(s[name] is None or s[name] > 0, f"{flag(name)} {s[name]}: it is to be above 0")
+    for name in from_0:
+        require(s[name] is None or s[name] >= 0, f"{flag(name)} {s[name]}: it is not to be below 0")
+
+
+def check_batch(s):
+    """Raise Problem unless the batch can be divided among the processes and micro-batches."""
+    shares = s["world"] * s["accumulate"]
+    require(
+        s["accumulate"] > 0 and s["batch"] > 0 and s["batch"] % shares == 0,
+        f"--batch {s['batch']} is not a multiple of {s['world']} processes x --accumulate {s['accumulate']}: "
+        f"try {max(1, round(s['batch'] / max(shares, 1))) * shares}",
+    )
+
+
+def read_settings(arguments, world):
     """Command line -> settings, checked before any data is read. Raises Problem for what cannot work."""
     parser = make_parser()
     if parser.parse_args(arguments).data is None:
         parser.set_defaults(**SCENES_PRESET)
     s = vars(parser.parse_args(arguments))
     s.update({k: v for k, v in loca.SIZES[s["model"]].items() if s[k] is None})
-    s["world"] = processes_world
+    s["world"] = world
     s["mean"], s["std"] = list(MEAN), list(STD)
 
-    def check(good, text):
-        if not good:
-            raise Problem(text)
-
+    above = "epochs steps log_every student_temperature teacher_temperature lr scenes head_hidden bottleneck position_std"
+    from_0 = "focal prototypes val_images keep position_weight feature_weight warmup_epochs clip weight_decay seed workers"
+    check_numbers(s, (*loca.SIZES["B/16"], *above.split()), (*from_0.split(), "save_minutes"))
     for name in ("image_size", "focal_size"):
-        flag = f"--{name.replace('_', '-')}"
         nearest = max(1, round(s[name] / s["patch_size"])) * s["patch_size"]
-        check(
+        require(
             s[name] > 0 and s[name] % s["patch_size"] == 0,
-            f"{flag} {s[name]} is not a multiple of the patch, {s['patch_size']}: try {nearest}",
+            f"{flag(name)} {s[name]} is not a multiple of the patch, {s['patch_size']}: try {nearest}",
         )
-    shares = processes_world * s["accumulate"]
-    check(
-        s["accumulate"] > 0 and s["batch"] > 0 and s["batch"] % shares == 0,
-        f"--batch {s['batch']} is not a multiple of {processes_world} processes x --accumulate {s['accumulate']}: "
-        f"try {max(1, round(s['batch'] / max(shares, 1))) * shares}",
-    )
+    check_batch(s)
     for name in ("large_area", "focal_area"):
         low, high = s[name]
-        check(
-            0 < low <= high <= 1,
-            f"--{name.replace('_', '-')} {low} {high}: give two shares of the image, 0 < low <= high <= 1",
-        )
-    for name in (
-        "epochs",
-        "log_every",
-        "student_temperature",
-        "teacher_temperature",
-        "lr",
-        "scenes",
-        "head_hidden",
-        "bottleneck",
-    ):
-        check(s[name] > 0, f"--{name.replace('_', '-')} {s[name]}: it is to be above 0")
-    for name in (
-        "focal",
-        "prototypes",
-        "val_images",
-        "keep",
-        "position_weight",
-        "feature_weight",
-        "warmup_epochs",
-        "clip",
-        "weight_decay",
-        "seed",
-    ):
-        check(s[name] >= 0, f"--{name.replace('_', '-')} {s[name]}: it is not to be below 0")
-    check(s["steps"] is None or s["steps"] > 0, f"--steps {s['steps']}: it is to be above 0")
-    check(
-        s["position_std"] is None or s["position_std"] > 0,
-        f"--position-std {s['position_std']}: it is to be above 0",
-    )
-    check(0 <= s["momentum"] <= 1, f"--momentum {s['momentum']}: it is to lie in 0..1")
-    check(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
-    check(
-        s["position_weight"] or s["feature_weight"],
-        "--position-weight 0 --feature-weight 0: nothing is left to learn from",
-    )
-    check(
+        text = f"{flag(name)} {low} {high}: give two shares of the image, 0 < low <= high <= 1"
+        require(0 < low <= high <= 1, text)
+    require(0 <= s["momentum"] <= 1, f"--momentum {s['momentum']}: it is to lie in 0..1")
+    require(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
+    none_left = "--position-weight 0 --feature-weight 0: nothing is left to learn from"
+    require(s["position_weight"] or s["feature_weight"], none_left)
+    require(
         s["prototypes"] or not s["feature_weight"],
         "--prototypes 0: the feature loss needs some; for the position loss alone give --feature-weight 0",
     )
@@ -1625,25 +1652,35 @@ def draw(s, processes):
     return 0
 
 
-def main(arguments=None):
-    """Run the command line -> exit code."""
+def launch(script, read, run, arguments=None):
+    """What both scripts do: settings from `read`, processes, `run` -> exit code; 2 and one line on stderr for a
+    Problem."""
     try:
-        s = read_settings(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+        s, *more = read(arguments, int(os.environ.get("WORLD_SIZE", "1")))
         processes = Processes(s["device"])
         s["precision"] = choose_precision(processes.device, s["precision"])
         if s["workers"] is None:
-            s["workers"] = max(
-                1, min(12, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            )
-        if s["show"] or s["curves"]:
-            return draw(s, processes)
-        return bench(s, processes) if s["bench"] else pretrain(s, processes)
+            share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            s["workers"] = max(1, min(12, share))
+        return run(s, *more, processes)
     except Problem as problem:
-        print(f"train.py: {problem}", file=sys.stderr, flush=True)
+        print(f"{script}: {problem}", file=sys.stderr, flush=True)
         return 2
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def dispatch(s, processes):
+    """What the settings ask for -> exit code."""
+    if s["show"] or s["curves"]:
+        return draw(s, processes)
+    return bench(s, processes) if s["bench"] else pretrain(s, processes)
+
+
+def main(arguments=None):
+    """Run the command line -> exit code."""
+    return launch("train.py", lambda *given: (read_settings(*given),), dispatch, arguments)
 
 
 if __name__ == "__main__":

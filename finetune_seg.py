@@ -741,7 +741,8 @@ def write_results(path, result, classes, **more):
     ]  # fmt: skip
     figures = {name: result[name] for name in FIGURES}
     content = {**more, "images": result["images"], **figures, "classes": by_class}
-    Path(path).write_text(json.dumps({**content, "confusion": result["confusion"].tolist()}, indent=1) + "\n")
+    content["confusion"] = result["confusion"].tolist()
+    train.save_text(path, json.dumps(content, indent=1) + "\n")
 
 
 # -------------------------------------------------------------------------------------------- pictures
@@ -832,12 +833,12 @@ def predict(s, saved, processes):
         labels = segment(model.eval(), image.to(device), s, len(classes))
         stem = path.relative_to(root).with_suffix("")
         name = out / (stem if stems[stem] == 1 else path.relative_to(root))
-        name.parent.mkdir(parents=True, exist_ok=True)
         picture, mask = photo(image), paint(labels, palette)
-        mask.save(f"{name}_mask.png")
-        Image.fromarray(labels).save(f"{name}_labels.png")
+        train.save_picture(f"{name}_mask.png", mask)
+        train.save_picture(f"{name}_labels.png", Image.fromarray(labels))
         overlay = Image.blend(picture, mask, 0.55)
-        beside([overlay, legend(labels, classes, palette, overlay.height)]).save(f"{name}_overlay.png")
+        overlay = beside([overlay, legend(labels, classes, palette, overlay.height)])
+        train.save_picture(f"{name}_overlay.png", overlay)
         print(f"{path} -> {name}_mask.png, _overlay.png, _labels.png", flush=True)
     if failed == len(files[processes.rank :: processes.world]) and failed:
         raise Problem(f"--predict {source}: none of the images can be read")
@@ -952,7 +953,7 @@ class Finetuning(train.Run):
             sheet = draw_sheet(
                 self.model, self.val, self.s, self.processes.device, self.classes, self.palette
             )
-            sheet.save(self.out / "predictions.png")
+            train.save_picture(self.out / "predictions.png", sheet)
 
     def save(self, done, name):
         """Write a checkpoint; it rebuilds the model alone."""
@@ -984,10 +985,10 @@ def evaluate_only(s, saved, processes):
     report(result, classes, processes)
     if processes.main:
         out = Path(s["out"])
-        out.mkdir(parents=True, exist_ok=True)
         how = {"checkpoint": str(s["checkpoint"]), "split": s["split"], "multi_scale": s["multi_scale"]}
         write_results(out / "results.json", result, classes, step=saved["step"], **how)
-        draw_sheet(model, source, s, processes.device, classes, palette).save(out / "predictions.png")
+        sheet = draw_sheet(model, source, s, processes.device, classes, palette)
+        train.save_picture(out / "predictions.png", sheet)
         processes.say(f"{out}: results.json, predictions.png")
     return 0
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -1312,18 +1313,21 @@ def test_damaged_images_never_break_a_view(photos, tmp_path):
     assert 300 < broken < 1000
 
 
-def test_checkpoints_are_never_half_written(tmp_path, monkeypatch):
+def test_files_are_never_half_written(tmp_path):
     path = tmp_path / "last.pt"
     train.save_file(path, {"step": 1})
 
-    def full(*args, **kwargs):
-        args[1].write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(train.Problem, match="No space left"):
-        train.save_file(path, {"step": 2})
-    monkeypatch.undo()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))  # stands for a disk with little room left
+    try:
+        with pytest.raises(train.Problem, match="cannot write .*last.pt: .*File too large.*is untouched"):
+            train.save_file(path, {"step": 2, "much": torch.randn(2**14)})
+        with pytest.raises(train.Problem, match="cannot write .*text"):
+            train.save_text(tmp_path / "text", "x" * 2**15)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(train.Problem, match="cannot write .*File exists"):
+        train.save_text(path / "below a file", "")
     assert train.load_file(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(train.Problem, match="cannot read the checkpoint"):

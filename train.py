@@ -691,18 +691,37 @@ def choose_precision(device, asked=None):
     return precision
 
 
-def save_file(path, content):
-    """Write with torch.save under a temporary name, then rename: a file of this name is always whole."""
+def write_file(path, write):
+    """Let `write` fill a file under a temporary name, then rename: a file of this name is always whole. Raises
+    Problem where the disk is full or the folder cannot be written."""
     partial = Path(f"{path}.partial")
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise Problem(f"cannot save {path}: {error}; what was saved before is untouched") from error
+    except (OSError, RuntimeError) as error:  # torch.save says in a RuntimeError what the file system said
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise Problem(f"cannot write {path}: {reason}; what was saved before is untouched") from error
+
+
+def save_file(path, content):
+    """Write a checkpoint."""
+    write_file(path, lambda file: torch.save(content, file))
+
+
+def save_picture(path, picture):
+    """Write a PNG."""
+    write_file(path, lambda file: picture.save(file, "PNG"))
+
+
+def save_text(path, text):
+    """Write a text file."""
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def load_file(path):
@@ -720,7 +739,7 @@ class Log:
         self.path = Path(folder) / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        save_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = None
         if tensorboard:
             try:
@@ -730,8 +749,11 @@ class Log:
             self.board = SummaryWriter(folder, purge_step=step)
 
     def write(self, record):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise Problem(f"cannot write {self.path}: {error}; what was saved before is untouched") from error
         if self.board:
             for name, value in record.items():
                 self.board.add_scalar(name, value, record["step"])
@@ -891,7 +913,6 @@ class Run:
     def begin(self, terms, title):
         """Go on from the run folder's last checkpoint if it has one; open the log; say what starts."""
         s, world = self.s, self.processes.world
-        self.out.mkdir(parents=True, exist_ok=True)
         self.first, window = self.resume()
         self.window = Window(terms, self.processes, len(self.images), window)
         self.log = Log(self.out, self.first + 1, s.get("tensorboard")) if self.processes.main else None
@@ -902,7 +923,7 @@ class Run:
             f"batch {s['batch']}\n{title}; {self.steps} steps, from {self.first}; in {self.out}"
         )
         if self.processes.main:
-            (self.out / "settings.json").write_text(json.dumps(s, indent=1) + "\n")
+            save_text(self.out / "settings.json", json.dumps(s, indent=1) + "\n")
 
     def resume(self):
         """Load the last checkpoint -> steps done and the sums of the window under way."""
@@ -1117,8 +1138,8 @@ class Pretraining(Run):
             if len(self.val_images) and not self.s["single_image"]:
                 device = self.processes.device
                 picture = draw_predictions(self.model, self.teacher, self.val_images, self.s, device)
-                picture.save(self.out / "predictions.png")
-            draw_curves([self.out]).save(self.out / "curves.png")
+                save_picture(self.out / "predictions.png", picture)
+            save_picture(self.out / "curves.png", draw_curves([self.out]))
 
     def finish(self):
         """Say what the run made and what to do next."""
@@ -1646,8 +1667,7 @@ def draw(s, processes):
     if not s["out"].lower().endswith(".png"):
         raise Problem(f"--out {s['out']}: give the name of a .png file for the picture")
     picture = show(s["show"][0], s["show"][1:], processes) if s["show"] else draw_curves(s["curves"])
-    Path(s["out"]).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(s["out"])
+    save_picture(s["out"], picture)
     print(f"{s['out']}: {picture.width} x {picture.height} pixels")
     return 0
 

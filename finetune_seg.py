@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as colour_functions
 
 import loca
@@ -685,9 +685,8 @@ def evaluate(model, source, s, processes, classes):
     matrices = torch.zeros(2, classes, classes, dtype=torch.long, device=device)
     confidence, present = torch.zeros(2, len(source), classes, device=device)
     numbers = range(processes.rank, len(source), processes.world)
-    loader = DataLoader(
-        Whole(source), batch_size=None, sampler=numbers, num_workers=min(s["workers"], len(numbers))
-    )
+    workers = min(s["workers"], len(numbers))
+    loader = train.make_loader(Whole(source), workers, device, batch_size=None, sampler=numbers)
     for item in feed(loader, device):
         if item["unreadable"]:
             raise Problem(f"cannot evaluate: {item['unreadable']}; mend the file or take it out")

@@ -13,12 +13,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
 import sys
 import time
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -423,21 +425,35 @@ class Order:
                 yield [(epoch, int(number)) for number in part]
 
 
-def ignore_signals(worker):
+def ignore_signals(worker=None):
     """A stop is the main process's to handle, though schedulers and terminals send it to the whole group."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    return [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def make_loader(dataset, order, workers, device):
-    """Batches in the given order, collated in worker processes."""
+@functools.cache
+def worker_server():
+    """Worker processes are forked from a small server process, not from this one: a fork of a process with
+    communication threads can come up with a lock that nobody holds any more, and hang (Python 3.11)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision"])
+    handlers = ignore_signals()  # the server inherits it
+    forkserver.ensure_running()
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
+        signal.signal(number, handler)
+    return context
+
+
+def make_loader(dataset, workers, device, **order):
+    """A DataLoader whose worker processes read `dataset` in an order: its batch_sampler, or sampler and
+    batch_size."""
     return DataLoader(
         dataset,
-        batch_sampler=order,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_signals,
+        multiprocessing_context=worker_server() if workers else None,
+        **order,
     )
 
 
@@ -786,7 +802,7 @@ def duration(seconds):
 
 RUN_ONLY = {
     "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes", "keep", "tensorboard",
-    "cache_list", "accumulate", "bench", "show", "curves", "world", "eval_only", "checkpoint", "predict", "multi_scale",
+    "cache_list", "val_every", "accumulate", "bench", "show", "curves", "world", "eval_only", "checkpoint", "predict", "multi_scale",
     "window_batch", "split", "evaluations",
 }  # fmt: skip  # settings that a resumed run may change
 
@@ -942,7 +958,7 @@ class Run:
         """This process's micro-batches, of numbers below `count`, from the first step on."""
         s, p = self.s, self.processes
         order = Order(count, s["batch"], s["seed"], self.first, self.steps, p.rank, p.world, s["accumulate"])
-        return feed(make_loader(dataset, order, s["workers"], p.device), p.device)
+        return feed(make_loader(dataset, s["workers"], p.device, batch_sampler=order), p.device)
 
     def after_step(self, done):
         """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
@@ -1081,7 +1097,9 @@ class Pretraining(Run):
         )
 
     def evaluate_now(self, done):
-        return done % self.epoch_steps == 0 or done == self.steps
+        epoch, into_epoch = divmod(done, self.epoch_steps)
+        due = (every and epoch % every == 0 for every in (self.s["val_every"], self.s["keep"]))
+        return done == self.steps or (into_epoch == 0 and any(due))
 
     def describe(self, record):
         """The losses beside their chance level, for the line on the screen."""
@@ -1178,7 +1196,7 @@ def evaluate(model, teacher, images, s, processes):
         [(2**31, i * size + k) for k in range(size)]
         for i in range(processes.rank * each, (processes.rank + 1) * each)
     ]
-    loader = make_loader(Views(images, s), keys, min(s["workers"], 2), processes.device)
+    loader = make_loader(Views(images, s), min(s["workers"], 2), processes.device, batch_sampler=keys)
     names = ["position_accuracy", "position_loss", "prototype_perplexity", "target_entropy"]
     sums, tokens = torch.zeros(len(names), device=processes.device), []
     for number, batch in enumerate(feed(loader, processes.device)):
@@ -1532,6 +1550,7 @@ def make_parser():
     g.add_argument("--data", metavar="DIR", help="folder of images, at any depth; default: drawn scenes, a tiny model")
     g.add_argument("--val", metavar="DIR", help="folder of held-out images; default: a part of --data")
     g.add_argument("--val-images", type=int, default=500, help="held-out images, at most a tenth of --data")
+    g.add_argument("--val-every", type=int, default=1, metavar="E", help="epochs between held-out figures; more for few images")
     g.add_argument("--scenes", type=int, default=1280, help="drawn scenes to train on, without --data")
     g.add_argument("--cache-list", metavar="FILE", help="keep the list of images here: for folders of millions")
     g.add_argument("--workers", type=int, help="loader processes per device; default: its share of the cores")
@@ -1630,7 +1649,7 @@ def read_settings(arguments, world):
     s["world"] = world
     s["mean"], s["std"] = list(MEAN), list(STD)
 
-    above = "epochs steps log_every student_temperature teacher_temperature lr scenes head_hidden bottleneck position_std"
+    above = "epochs steps val_every log_every student_temperature teacher_temperature lr scenes head_hidden bottleneck position_std"
     from_0 = "focal prototypes val_images keep position_weight feature_weight warmup_epochs clip weight_decay seed workers"
     check_numbers(s, (*loca.SIZES["B/16"], *above.split()), (*from_0.split(), "save_minutes"))
     for name in ("image_size", "focal_size"):

@@ -2164,7 +2164,8 @@ def test_seg_an_error_ends_the_process(seg, tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\nimport finetune_seg\n"
-        "finetune_seg.segmentation_loss = lambda *a: 1 / 0\nfinetune_seg.main(sys.argv[1:])\n"
+        "if __name__ == '__main__':\n    finetune_seg.segmentation_loss = lambda *a: 1 / 0\n"
+        "    finetune_seg.main(sys.argv[1:])\n"
     )
     flags = seg_flags(seg, tmp_path / "run", "--workers", "1")
     result = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=90)

@@ -18,6 +18,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -425,9 +426,20 @@ class Order:
                 yield [(epoch, int(number)) for number in part]
 
 
-def ignore_signals(worker=None):
+def ignore_signals():
     """A stop is the main process's to handle, though schedulers and terminals send it to the whole group."""
     return [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def start_worker(worker):
+    """A worker ends with the process that it reads for, also where that one is killed."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    ignore_signals()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @functools.cache
@@ -451,7 +463,7 @@ def make_loader(dataset, workers, device, **order):
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
         multiprocessing_context=worker_server() if workers else None,
         **order,
     )

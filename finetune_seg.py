@@ -780,11 +780,6 @@ def beside(pictures, gap=4):
     return row
 
 
-def photo(image):
-    """uint8 [3, H, W] -> picture."""
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-
-
 @torch.no_grad()
 def draw_sheet(model, source, s, device, classes, palette, count=4, height=200):
     """Some images of a set, evenly spread: photo, truth, prediction and legend in a row each."""
@@ -796,7 +791,7 @@ def draw_sheet(model, source, s, device, classes, palette, count=4, height=200):
         size = (max(1, min(4 * height, round(height * truth.shape[1] / truth.shape[0]))), height)
         maps = [paint(x, palette).resize(size, Image.NEAREST) for x in (truth, predicted)]
         entries = legend(np.concatenate([truth.ravel(), predicted.ravel()]), classes, palette, height)
-        rows.append(beside([photo(image).resize(size, Image.BICUBIC), *maps, entries]))
+        rows.append(beside([train.photo(image).resize(size, Image.BICUBIC), *maps, entries]))
     model.train()
     sheet, y = (
         Image.new("RGB", (max(r.width for r in rows), sum(r.height + 4 for r in rows) + 18), "white"),
@@ -832,7 +827,7 @@ def predict(s, saved, processes):
         labels = segment(model.eval(), image.to(device), s, len(classes))
         stem = path.relative_to(root).with_suffix("")
         name = out / (stem if stems[stem] == 1 else path.relative_to(root))
-        picture, mask = photo(image), paint(labels, palette)
+        picture, mask = train.photo(image), paint(labels, palette)
         train.save_picture(f"{name}_mask.png", mask)
         train.save_picture(f"{name}_labels.png", Image.fromarray(labels))
         overlay = Image.blend(picture, mask, 0.55)
@@ -861,7 +856,8 @@ def finetune(s, weights, processes):
     net = processes.wrap(model)
     processes.listen()
 
-    with contextlib.closing(run.batches(Crops(run.images, s), run.count)) as batches:  # ends the workers
+    # closing ends the workers, whatever happens
+    with contextlib.closing(run.batches(Crops(run.images, s), run.count)) as batches:
         for step in range(run.first, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, run.steps, s["lr"]) * group["scale"]
@@ -932,9 +928,6 @@ class Finetuning(train.Run):
     def evaluate_now(self, done):
         parts = max(1, self.s["evaluations"])
         return done * parts // self.steps > (done - 1) * parts // self.steps
-
-    def describe(self, record):
-        return ""
 
     def evaluate(self, done):
         """Validation figures on the screen, in the log and in results.json; the sheet; the best
@@ -1154,7 +1147,6 @@ def starting_weights(s, data):
 
 def check_settings(s):
     """Raise Problem, in one line with the remedy, for settings that cannot work; settle the fraction."""
-
     try:
         s["fraction"] = float(Fraction(s["fraction"]))
     except (ValueError, ZeroDivisionError) as error:

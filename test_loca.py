@@ -1203,6 +1203,12 @@ def test_accumulation_and_options_run(tmp_path, photos):
         assert ("teacher" in torch.load(out / "last.pt", weights_only=True)) == (flags[0] == "--steps")
 
 
+def test_held_out_figures_every_so_many_epochs(whole_run, tmp_path):
+    assert train.main([*SMALL, "--val-every", "2", "--out", str(tmp_path)]) == 0
+    steps = [[r["step"] for r in metrics(out) if "val_position_loss" in r] for out in (whole_run, tmp_path)]
+    assert steps == [[3, 6], [6]]
+
+
 def test_gradients_of_accumulated_micro_batches():
     """Half the loss of each of two micro-batches: their mean gradient (position loss, which does not couple
     images)."""
@@ -1887,20 +1893,6 @@ def seg_flags(seg, out, *flags):
     ]
 
 
-def records(out):
-    """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("images_per_second", "waiting", "memory_gib")}
-        for line in lines
-    ]
-
-
-def same_weights(a, b):
-    a, b = (torch.load(x, weights_only=True)["model"] for x in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_seg_run_folder(seg):
     out = seg / "run"
     names = {"last.pt", "best.pt", "results.json", "predictions.png", "metrics.jsonl", "settings.json"}
@@ -1908,14 +1900,14 @@ def test_seg_run_folder(seg):
     saved = torch.load(out / "last.pt", weights_only=True)
     assert saved.keys() == {"model", "optimizer", "settings", "classes", "palette", "step", "best", "window"}
     assert saved["classes"] == ["class 0", "class 1", "class 2"] and saved["step"] == 6
-    evaluations = [r for r in records(out) if "val_miou" in r]
+    evaluations = [r for r in metrics(out) if "val_miou" in r]
     assert [r["step"] for r in evaluations] == [3, 6] and saved["best"] == max(
         r["val_miou"] for r in evaluations
     )
     result = json.loads((out / "results.json").read_text())
     assert result["miou"] == evaluations[-1]["val_miou"] and len(result["classes"]) == 3
     assert np.sum(result["confusion"]) == 5 * (20 * 28 - 1)
-    losses = [r["loss"] for r in records(out) if "loss" in r]
+    losses = [r["loss"] for r in metrics(out) if "loss" in r]
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
 
 
@@ -1933,18 +1925,16 @@ def test_seg_resume_is_exact(seg, tmp_path, stop, monkeypatch, capsys):
     monkeypatch.undo()
     assert finetune_seg.main(seg_flags(seg, tmp_path, "--log-every", "2")) == 0
     assert f"resuming {tmp_path}/last.pt at step {stop}" in capsys.readouterr().out
-    assert same_weights(seg / "run/last.pt", tmp_path / "last.pt") and same_weights(
-        seg / "run/best.pt", tmp_path / "best.pt"
-    )
-    assert records(tmp_path) == records(seg / "run")
+    for name in ("last.pt", "best.pt"):
+        assert equal(weights(tmp_path, name), weights(seg / "run", name))
+    assert metrics(tmp_path) == metrics(seg / "run")
     assert (tmp_path / "results.json").read_text() == (seg / "run/results.json").read_text()
     assert finetune_seg.main(seg_flags(seg, tmp_path, "--lr", "0.1")) == 2  # another run's folder
     assert "--lr 0.003, not 0.1" in capsys.readouterr().err
 
 
 def run_seg(flags, processes=1, cwd=None):
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = (starter if processes > 1 else [sys.executable]) + [str(SCRIPT), *flags]
+    command = [*launcher(processes), str(SCRIPT), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=cwd, env=environment)
 

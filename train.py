@@ -931,8 +931,8 @@ class Window:
 class Run:
     """What surrounds a training loop: the checkpoint at its start; log, evaluation and files on the way.
 
-    A subclass sets out, images, steps, s and parts (what a checkpoint holds, by name), calls begin, and gives
-    evaluate_now, describe, evaluate and save.
+    A subclass sets images, epoch_images, steps, s, optimizer and parts (what a checkpoint holds, by name), calls
+    begin, and gives evaluate_now, evaluate and save.
     """
 
     def __init__(self, s, processes):
@@ -1009,6 +1009,10 @@ class Run:
         )
         self.write(done, record)
 
+    def describe(self, record):
+        """What a subclass adds to the line on the screen."""
+        return ""
+
     def write(self, done, record):
         """Add a record to the log."""
         if self.log:
@@ -1044,9 +1048,8 @@ def pretrain(s, processes):
     peak = s["lr"] * s["batch"] / 1024
     processes.listen()
 
-    with contextlib.closing(
-        run.batches(Views(run.images, s), len(run.images))
-    ) as batches:  # ends the workers
+    # closing ends the workers, whatever happens
+    with contextlib.closing(run.batches(Views(run.images, s), len(run.images))) as batches:
         for step in range(run.first, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, run.steps, run.warmup, peak)
@@ -1251,7 +1254,8 @@ def position_colours(grid):
     return colours.reshape(-1, 3).astype(np.uint8)
 
 
-def _picture(view):
+def photo(view):
+    """uint8 [3, H, W] -> picture."""
     return Image.fromarray(view.permute(1, 2, 0).cpu().numpy())
 
 
@@ -1310,11 +1314,11 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
         "grey: outside the reference)", fill="black",
     )  # fmt: skip
     for i in range(len(predicted)):
-        reference, y = _picture(batch["reference"][i]), 24 + i * (side + gap)
+        reference, y = photo(batch["reference"][i]), 24 + i * (side + gap)
         sheet.paste(_tile(reference, side), (0, y))
         coloured = _paint(reference, side, np.arange(model.positions), palette)
         sheet.paste(Image.blend(_tile(reference, side), coloured, 0.6), (side, y))
-        views = [_picture(batch["query"][i]), *(_picture(batch["focal"][i, k]) for k in range(focal))]
+        views = [photo(batch["query"][i]), *(photo(batch["focal"][i, k]) for k in range(focal))]
         starts = [0, *(model.positions + k * n for k in range(focal))]
         for k, (view, start) in enumerate(zip(views, starts)):
             part = slice(start, start + (model.positions if k == 0 else n))
@@ -1429,7 +1433,7 @@ def show(checkpoint, names, processes):
         for image in pixels
     ]
     for image, row in zip(pixels, rows):
-        row.insert(0, _picture(image).resize(row[0].size, Image.BICUBIC))
+        row.insert(0, photo(image).resize(row[0].size, Image.BICUBIC))
     widths = [sum(picture.width + 4 for picture in row) for row in rows]
     whole = Image.new("RGB", (max(sheet.width, *widths), sheet.height + 20 + 116 * len(rows)), "white")
     whole.paste(sheet)

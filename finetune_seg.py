@@ -993,6 +993,10 @@ SCENES_PRESET = {
     "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "base_size": 128, "crop": [96, 96], "stride": [64, 64],
     "batch": 16, "steps": 400, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
+SMALL_PRESET = {  # goes with train.py --small
+    **{name: train.SMALL_PRESET[name] for name in SIZES}, "base_size": 192, "crop": 128, "stride": 64, "batch": 16,
+    "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
+}  # fmt: skip
 PROTOCOL = ("base_size", "crop", "stride", "batch", "lr", "epochs")  # what a data set's entry tells
 ADAMW_RATE = 0.0001
 
@@ -1008,6 +1012,7 @@ def make_parser():
     g.add_argument("--classes", type=int, help="classes of folder:DIR; default: one more than the largest mask value")
     g.add_argument("--fraction", default="1", help="share of the training images, as 1/32; of one seed the smaller lies in the larger")
     g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: --epochs of the fewer images, or as many steps as with all of them")
+    g.add_argument("--small", **yes_no, help="small images, a small model, a quarter of an hour on two cores; goes with train.py --small")
     g.add_argument("--scenes", type=int, default=400, help="drawn scenes to train on, without --data")
     g.add_argument("--workers", type=int, help="loader processes per device; default: its share of the cores")
     g = parser.add_argument_group("weights and model")
@@ -1074,6 +1079,7 @@ def read_settings(arguments, world):
     if not looking:
         data = DATASETS.get(name)
         preset = {key: getattr(data, key) for key in PROTOCOL} if data else SCENES_PRESET
+        preset = {**preset, **SMALL_PRESET} if s["small"] else preset
         s = {**s, "optimizer": "sgd", "init": "none", **preset, **told}
         if data is None and "init" not in told and os.path.exists(SCENES_RUN):
             s["init"] = SCENES_RUN
@@ -1139,7 +1145,8 @@ def starting_weights(s, data):
             raise Problem(f"{last} is of another script: give another --out")
         return None, {name: saved["settings"][name] for name in SIZES}
     if s["init"] == "none":
-        return None, {name: SCENES_PRESET[name] for name in SIZES} if data is None else loca.SIZES["B/16"]
+        preset = SMALL_PRESET if s["small"] else SCENES_PRESET if data is None else loca.SIZES["B/16"]
+        return None, {name: preset[name] for name in SIZES}
     if not os.path.isfile(s["init"]):
         raise Problem(f"--init {s['init']}: there is no such file; none starts from scratch")
     return read_weights(s["init"], s["branch"])

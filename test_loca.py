@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1161,6 +1162,32 @@ def test_a_signal_to_the_whole_process_group(whole_run, tmp_path):
     assert equal(weights(tmp_path), weights(whole_run))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds processes in Linux's /proc")
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_worker_is_named_and_none_outlives_its_parent(victim, tmp_path):
+    command = [sys.executable, str(HERE / "train.py"), *SMALL, "--workers", "1", "--epochs", "500"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], text=True, **pipes)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            break
+
+    def children(pid):
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    workers = [worker for child in children(process.pid) for worker in children(child)]
+    assert workers  # the training loader's, perhaps the held-out images' too
+    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    if victim == "worker":
+        assert process.returncode == 2 and f"loader worker {workers[0]} died" in error, error
+        assert len(error.splitlines()) == 1 and "fewer --workers" in error
+    until = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_two_processes_and_another_number_of_them(tmp_path):
     result = run_train(tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
@@ -1382,6 +1409,19 @@ def test_collapse_figures():
     spread, rank = train.feature_spread(torch.randn(4000, 8))
     assert spread == pytest.approx(1, abs=0.02) and rank == pytest.approx(8, abs=0.1)
     assert train.feature_spread(torch.randn(4000, 2) @ torch.randn(2, 8))[1] < 2.01
+
+
+def test_presets_give_way_to_what_is_told(tmp_path):
+    for preset, flags in ((train.SMALL_PRESET, ["--small"]), (train.SCENES_PRESET, [])):
+        s = train.read_settings([*flags, "--dim", "96", "--seed", "3"], 1)
+        assert {k: s[k] for k in preset} == {**preset, "dim": 96} and s["seed"] == 3
+    s = train.read_settings(["--small", "--data", "photos", "--epochs", "100"], 1)
+    assert s["epochs"] == 100 and s["steps"] is None
+    assert train.read_settings(["--data", "photos"], 1)["batch"] == 1024
+    flags = ["--small", "--data", f"camvid:{tmp_path}", "--init", "none", "--lr", "0.1"]
+    s, _ = finetune_seg.read_settings(flags, 1)
+    sides = {"crop": [128, 128], "stride": [64, 64]}
+    assert {k: s[k] for k in finetune_seg.SMALL_PRESET} == {**finetune_seg.SMALL_PRESET, **sides, "lr": 0.1}
 
 
 def test_bench(photos, capsys):

@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -469,11 +469,27 @@ def make_loader(dataset, workers, device, **order):
     )
 
 
+def read_on(loader):
+    """Yield the loader's batches. Raises Problem where one of its worker processes died."""
+    batches = iter(loader)  # starts them
+    workers = {worker.sentinel: worker.pid for worker in multiprocessing.active_children()}
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        dead = [str(workers[end]) for end in multiprocessing.connection.wait(workers, timeout=1)]
+        if not dead:
+            raise
+        raise Problem(
+            f"loader worker {', '.join(dead)} died, most likely because memory ran out: try fewer --workers; the "
+            "same command goes on from the last checkpoint"
+        ) from error
+
+
 def feed(loader, device):
     """Yield the loader's batches on `device`; on CUDA the next one is copied while the current step runs."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     ready = None
-    for batch in loader:
+    for batch in read_on(loader):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             moved = {
                 k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
@@ -1549,6 +1565,11 @@ def bench(s, processes):
 
 # ------------------------------------------------------------------------------------------------ main
 
+SMALL_PRESET = {  # what made LOCA strong in half an hour of two cores; the README tells what was tried
+    "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 768, "image_size": 64, "focal_size": 32, "focal": 4,
+    "prototypes": 512, "head_hidden": 384, "bottleneck": 64, "batch": 32, "steps": 3600, "warmup_epochs": 3.0, "lr": 0.064,
+    "momentum": 0.99, "val_every": 10, "log_every": 25, "out": "runs/small",
+}  # fmt: skip
 SCENES_PRESET = {
     "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "focal_size": 32, "focal": 3,
     "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 6, "warmup_epochs": 1.0, "lr": 0.04,
@@ -1568,6 +1589,7 @@ def make_parser():
     g.add_argument("--val-images", type=int, default=500, help="held-out images, at most a tenth of --data")
     g.add_argument("--val-every", type=int, default=1, metavar="E", help="epochs between held-out figures; more for few images")
     g.add_argument("--scenes", type=int, default=1280, help="drawn scenes to train on, without --data")
+    g.add_argument("--small", **yes_no, help="half an hour on two cores for a folder of hundreds of images: small model, views, batch")
     g.add_argument("--cache-list", metavar="FILE", help="keep the list of images here: for folders of millions")
     g.add_argument("--workers", type=int, help="loader processes per device; default: its share of the cores")
     g = parser.add_argument_group("views")
@@ -1658,8 +1680,10 @@ def check_batch(s):
 def read_settings(arguments, world):
     """Command line -> settings, checked before any data is read. Raises Problem for what cannot work."""
     parser = make_parser()
-    if parser.parse_args(arguments).data is None:
-        parser.set_defaults(**SCENES_PRESET)
+    told = parser.parse_args(arguments, argparse.Namespace(epochs=None))  # None: not told
+    parser.set_defaults(**(SMALL_PRESET if told.small else SCENES_PRESET if told.data is None else {}))
+    if told.epochs is not None:
+        parser.set_defaults(steps=None)
     s = vars(parser.parse_args(arguments))
     s.update({k: v for k, v in loca.SIZES[s["model"]].items() if s[k] is None})
     s["world"] = world

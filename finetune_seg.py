@@ -946,6 +946,7 @@ class Finetuning(train.Run):
                 self.model, self.val, self.s, self.processes.device, self.classes, self.palette
             )
             train.save_picture(self.out / "predictions.png", sheet)
+            train.save_picture(self.out / "curves.png", train.draw_curves([self.out]))
 
     def save(self, done, name):
         """Write a checkpoint; it rebuilds the model alone."""
@@ -956,7 +957,9 @@ class Finetuning(train.Run):
         """Say what the run made and what to do next."""
         say, s, out = self.processes.say, self.s, self.out
         say(f"best mIoU {self.best:.2%}")
-        say(f"{out}: last.pt, best.pt, results.json, predictions.png, metrics.jsonl, settings.json")
+        say(
+            f"{out}: last.pt, best.pt, results.json, predictions.png, curves.png, metrics.jsonl, settings.json"
+        )
         say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
         if s["name"] == "scenes" and s["init"] != "none":
             sizes = "".join(

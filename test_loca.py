@@ -1241,7 +1241,9 @@ def test_bf16_follows_float32(tmp_path):
     within twice that."""
     losses = {}
     for precision in ("bf16", "float32"):
-        flags = f"--precision {precision} --epochs 34 --steps 100 --log-every 1 --val-every 50 --lr 0.1".split()
+        flags = (
+            f"--precision {precision} --epochs 34 --steps 100 --log-every 1 --val-every 50 --lr 0.1".split()
+        )
         assert train.main([*SMALL, *flags, "--out", str(tmp_path / precision)]) == 0
         losses[precision] = torch.tensor([r["loss"] for r in metrics(tmp_path / precision) if "loss" in r])
     difference = (losses["bf16"] - losses["float32"]).abs()
@@ -1947,8 +1949,8 @@ def seg_flags(seg, out, *flags):
 
 def test_seg_run_folder(seg):
     out = seg / "run"
-    names = {"last.pt", "best.pt", "results.json", "predictions.png", "metrics.jsonl", "settings.json"}
-    assert names == {path.name for path in out.iterdir()}
+    names = "last.pt best.pt results.json predictions.png curves.png metrics.jsonl settings.json"
+    assert set(names.split()) == {path.name for path in out.iterdir()}
     saved = torch.load(out / "last.pt", weights_only=True)
     assert saved.keys() == {"model", "optimizer", "settings", "classes", "palette", "step", "best", "window"}
     assert saved["classes"] == ["class 0", "class 1", "class 2"] and saved["step"] == 6

@@ -1349,9 +1349,9 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
 
 
 def draw_curves(folders):
-    """Losses, held-out accuracy and learning rate of one or more run folders over their epochs, laid over
-    each other: lines in training, dots held out, dashes the chance level. Raises Problem for a folder without
-    a log."""
+    """Losses, held-out figures and learning rate of one or more run folders, all of train.py or all of
+    finetune_seg.py, over their epochs, laid over each other: lines in training, dots held out, dashes the chance
+    level. Raises Problem for a folder without a log."""
     runs = []
     for folder in folders:
         path = Path(folder) / "metrics.jsonl"
@@ -1359,13 +1359,21 @@ def draw_curves(folders):
             raise Problem(f"--curves {folder}: there is no metrics.jsonl in it")
         settings = json.loads((Path(folder) / "settings.json").read_text())
         runs.append((str(folder), settings, [json.loads(line) for line in path.read_text().splitlines()]))
-    positions = (runs[0][1]["image_size"] // runs[0][1]["patch_size"]) ** 2
-    panels = [
-        ("position loss", "position_loss", "val_position_loss", math.log(positions)),
-        ("cluster loss", "cross_entropy", None, math.log(max(runs[0][1]["prototypes"], 1))),
-        ("position accuracy", "position_accuracy", "val_position_accuracy", 1 / positions),
-        ("learning rate", "lr", None, None),
-    ]
+    s = runs[0][1]
+    if "prototypes" in s:
+        positions = (s["image_size"] // s["patch_size"]) ** 2
+        panels = [
+            ("position loss", "position_loss", "val_position_loss", math.log(positions)),
+            ("cluster loss", "cross_entropy", None, math.log(max(s["prototypes"], 1))),
+            ("position accuracy", "position_accuracy", "val_position_accuracy", 1 / positions),
+        ]
+    else:
+        panels = [("loss", "loss", None, None)]
+        panels += [
+            (name, f"val_{key}", f"val_{key}", None)
+            for name, key in (("mIoU", "miou"), ("pixel accuracy", "pixel_accuracy"))
+        ]
+    panels.append(("learning rate", "lr", None, None))
     inks = ((30, 90, 200), (220, 90, 30), (30, 150, 70), (160, 60, 170), (120, 110, 20), (90, 90, 90))
     width, height, margin = 380, 220, 46
     sheet = Image.new("RGB", (2 * width, 2 * height + 16 * len(runs)), "white")

@@ -1520,13 +1520,13 @@ def bench_step(s, batch, device):
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
         optimizer.step()
-        optimizer.zero_grad()
         if teacher is not None:
             loca.update_teacher(teacher, model, 0.99)
 
     def step():
         forward().backward()
         update()
+        optimizer.zero_grad()
 
     whole = clock(step, device, 10.0)
     memory = peak_memory(device)

@@ -680,7 +680,11 @@ class Processes:
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
-            dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
+            store = next(dist.rendezvous("env://", self.rank, self.world))[0]
+            # after a restart by torchrun the store still has the dead processes' addresses
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            where = {"store": store, "rank": self.rank, "world_size": self.world, "device_id": device_id}
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), **where)
         self.stop = None  # the signal that asked this run to stop
 
     def say(self, *words):

@@ -686,8 +686,7 @@ def evaluate(model, source, s, processes, classes):
     confidence, present = torch.zeros(2, len(source), classes, device=device)
     numbers = range(processes.rank, len(source), processes.world)
     workers = min(s["workers"], len(numbers))
-    loader = train.make_loader(Whole(source), workers, device, batch_size=None, sampler=numbers)
-    for item in feed(loader, device):
+    for item in feed(Whole(source), workers, device, batch_size=None, sampler=numbers):
         if item["unreadable"]:
             raise Problem(f"cannot evaluate: {item['unreadable']}; mend the file or take it out")
         truth, probabilities = item["labels"], class_probabilities(model, item["image"], s)
@@ -1093,7 +1092,7 @@ def read_settings(arguments, world):
         if "epochs" in told and "steps" not in told:
             s["steps"] = None
         s["out"] = s["out"] or f"runs/finetune_{name}"
-        content, sizes = starting_weights(s, data)
+        content, sizes = starting_weights(s)
         s = {**s, **sizes, **loca.SIZES.get(s["model"], {}), **{k: told[k] for k in SIZES if k in told}}
     usual = sides(s | preset, "window" if looking else "crop")  # what the stride of the preset is for
     s.update({key: sides(s, key) for key in ("crop", "window", "stride")})
@@ -1139,7 +1138,7 @@ def split_data(s):
     return name, folder
 
 
-def starting_weights(s, data):
+def starting_weights(s):
     """Initial weights, None from scratch or where the run folder's own take over, and the encoder's sizes."""
     last = Path(s["out"], "last.pt")
     if last.exists():
@@ -1148,8 +1147,7 @@ def starting_weights(s, data):
             raise Problem(f"{last} is of another script: give another --out")
         return None, {name: saved["settings"][name] for name in SIZES}
     if s["init"] == "none":
-        preset = SMALL_PRESET if s["small"] else SCENES_PRESET if data is None else loca.SIZES["B/16"]
-        return None, {name: preset[name] for name in SIZES}
+        return None, {name: s[name] or loca.SIZES["B/16"][name] for name in SIZES}
     if not os.path.isfile(s["init"]):
         raise Problem(f"--init {s['init']}: there is no such file; none starts from scratch")
     return read_weights(s["init"], s["branch"])

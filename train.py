@@ -485,11 +485,12 @@ def read_on(loader):
         ) from error
 
 
-def feed(loader, device):
-    """Yield the loader's batches on `device`; on CUDA the next one is copied while the current step runs."""
+def feed(dataset, workers, device, **order):
+    """Yield the batches of make_loader on `device`; on CUDA the next one is copied while the current step
+    runs."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     ready = None
-    for batch in read_on(loader):
+    for batch in read_on(make_loader(dataset, workers, device, **order)):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             moved = {
                 k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
@@ -990,7 +991,7 @@ class Run:
         """This process's micro-batches, of numbers below `count`, from the first step on."""
         s, p = self.s, self.processes
         order = Order(count, s["batch"], s["seed"], self.first, self.steps, p.rank, p.world, s["accumulate"])
-        return feed(make_loader(dataset, s["workers"], p.device, batch_sampler=order), p.device)
+        return feed(dataset, s["workers"], p.device, batch_sampler=order)
 
     def after_step(self, done):
         """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
@@ -1231,10 +1232,10 @@ def evaluate(model, teacher, images, s, processes):
         [(2**31, i * size + k) for k in range(size)]
         for i in range(processes.rank * each, (processes.rank + 1) * each)
     ]
-    loader = make_loader(Views(images, s), min(s["workers"], 2), processes.device, batch_sampler=keys)
+    batches = feed(Views(images, s), min(s["workers"], 2), processes.device, batch_sampler=keys)
     names = ["position_accuracy", "position_loss", "prototype_perplexity", "target_entropy"]
     sums, tokens = torch.zeros(len(names), device=processes.device), []
-    for number, batch in enumerate(feed(loader, processes.device)):
+    for number, batch in enumerate(batches):
         set_seed(s["seed"], number)
         views = to_views(batch, s, augment=False)
         with autocast(s["precision"], processes.device):
@@ -1372,10 +1373,10 @@ def draw_curves(folders):
             ("position accuracy", "position_accuracy", "val_position_accuracy", 1 / positions),
         ]
     else:
-        panels = [("loss", "loss", None, None)]
-        panels += [
-            (name, f"val_{key}", f"val_{key}", None)
-            for name, key in (("mIoU", "miou"), ("pixel accuracy", "pixel_accuracy"))
+        panels = [
+            ("loss", "loss", None, None),
+            ("mIoU", "val_miou", "val_miou", None),
+            ("pixel accuracy", "val_pixel_accuracy", "val_pixel_accuracy", None),
         ]
     panels.append(("learning rate", "lr", None, None))
     inks = ((30, 90, 200), (220, 90, 30), (30, 150, 70), (160, 60, 170), (120, 110, 20), (90, 90, 90))

@@ -1038,7 +1038,7 @@ SMALL = """
 TIMES = ("images_per_second", "waiting", "memory_gib")
 
 
-def launcher(processes):
+def launcher(processes, *torchrun_flags):
     """The command that starts a script in this many processes."""
     torchrun = [
         "-m",
@@ -1046,6 +1046,7 @@ def launcher(processes):
         f"--nproc_per_node={processes}",
         "--master_port",
         str(free_port()),
+        *torchrun_flags,
     ]
     return [sys.executable, *(torchrun if processes > 1 else [])]
 
@@ -1275,40 +1276,34 @@ def test_grad_checkpoint_changes_no_gradient():
     torch.testing.assert_close(*gradients)
 
 
+def run_with_fault(folder, fault, processes, *torchrun_flags):
+    """Run train.py, saving at every step, with a fault: code for each training step, which sees `step` (from 0),
+    `rank`, `restarts` and the step's `losses` -> the finished process."""
+    script = folder / "fault.py"
+    script.write_text(
+        "import itertools, os, sys, loca, train\n"
+        "rank, restarts = (int(os.environ.get(k, '0')) for k in ('RANK', 'TORCHELASTIC_RESTART_COUNT'))\n"
+        "forward, steps = loca.LOCA.forward, itertools.count()\n"
+        "def faulty(self, *args, **kwargs):\n"
+        "    losses = forward(self, *args, **kwargs)\n"
+        "    if self.training:\n"
+        "        step = next(steps)\n"
+        f"        {fault}\n"
+        "    return losses\n"
+        "loca.LOCA.forward = faulty\n"
+        "sys.exit(train.main())\n"
+    )
+    flags = [*SMALL, "--save-minutes", "0", "--out", str(folder / "run")]
+    command = [*launcher(processes, *torchrun_flags), str(script), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_nan_stops_all_processes_at_its_step(tmp_path, processes):
     """NaN put into the last process's loss at step 3."""
-    poison = tmp_path / "poison.py"
-    poison.write_text(
-        "import sys, runpy, torch, loca\n"
-        "forward, calls = loca.LOCA.forward, [0]\n"
-        "def bad(self, *args, **kwargs):\n"
-        "    losses = forward(self, *args, **kwargs)\n"
-        "    if self.training:\n"
-        "        calls[0] += 1\n"
-        f"        import os; last = int(os.environ.get('RANK', '0')) == {processes - 1}\n"
-        "        if calls[0] == 4 and last: losses['loss'] = losses['loss'] * float('nan')\n"
-        "    return losses\n"
-        "loca.LOCA.forward = bad\n"
-        "import train; sys.exit(train.main())\n"
-    )
-    command = [
-        *launcher(processes),
-        str(poison),
-        *SMALL,
-        "--save-minutes",
-        "0",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-    )
+    fault = f"if step == 3 and rank == {processes - 1}: losses['loss'] = losses['loss'] * float('nan')"
+    result = run_with_fault(tmp_path, fault, processes)
     assert result.returncode != 0
     assert result.stderr.count("train.py: step 3: the loss or its gradient is not finite") == processes, (
         result.stderr
@@ -1316,6 +1311,33 @@ def test_nan_stops_all_processes_at_its_step(tmp_path, processes):
     assert "position_loss" in result.stderr
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_a_process_that_dies_takes_the_others_down_and_torchrun_starts_them_again(tmp_path):
+    fault = "if step == 3 and rank == 1 and restarts == 0: os._exit(7)"
+    result = run_with_fault(tmp_path, fault, 2, "--max_restarts", "1")
+    assert result.returncode == 0 and "(exitcode: 7)" in result.stderr, result.stderr
+    assert "at step 3" in result.stdout
+    steps = [r["step"] for r in metrics(tmp_path / "run") if "loss" in r]
+    assert steps == sorted(set(steps)) and f"step {steps[-1]}/{steps[-1]} " in result.stdout
+
+
+def short_life(rank, port, restarts):
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.update(where | {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": restarts})
+    train.Processes("cpu").sum([1.0])
+    os._exit(0)  # as one that is killed: without a word to the store
+
+
+def test_a_restart_meets_no_address_of_the_processes_before_it():
+    """torchrun's store outlives the processes: in each life both leave their addresses in new entries."""
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    entries = []
+    for restarts in ("0", "1"):
+        torch.multiprocessing.spawn(short_life, (str(port), restarts), nprocs=2)
+        entries.append(store.num_keys())
+    assert entries[1] >= entries[0] + 2
 
 
 def test_unreadable_images(photos, tmp_path, capfd):

@@ -835,8 +835,8 @@ def duration(seconds):
 
 RUN_ONLY = {
     "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes", "keep", "tensorboard",
-    "cache_list", "val_every", "accumulate", "bench", "show", "curves", "world", "eval_only", "checkpoint", "predict", "multi_scale",
-    "window_batch", "split", "evaluations",
+    "cache_list", "val_every", "accumulate", "world", "small", "bench", "show", "curves", "eval_only", "checkpoint", "predict",
+    "multi_scale", "window_batch", "split", "evaluations",
 }  # fmt: skip  # settings that a resumed run may change
 
 

@@ -476,7 +476,10 @@ class Crops(Dataset):
                 image, labels = augment(*self.source.read(number), s["crop"], s["base_size"], rng)
                 return {"image": image, "labels": labels, "unreadable": wrong}
             except Exception as error:  # a damaged file can make a decoder say anything
-                wrong = wrong or f"{self.source.name(number)!r}: {str(error).splitlines()[0]}"
+                wrong = (
+                    wrong
+                    or f"{self.source.name(number)!r}: {(str(error) or type(error).__name__).splitlines()[0]}"
+                )
         raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
 
 
@@ -491,7 +494,10 @@ class Whole(Dataset):
             image, labels = self.source.read(i)
             return {"image": image, "labels": labels, "number": i, "unreadable": ""}
         except Exception as error:
-            return {"number": i, "unreadable": f"{self.source.name(i)!r}: {str(error).splitlines()[0]}"}
+            return {
+                "number": i,
+                "unreadable": f"{self.source.name(i)!r}: {(str(error) or type(error).__name__).splitlines()[0]}",
+            }
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -1086,7 +1092,7 @@ def read_settings(arguments, world):
         if data is None and "init" not in told and os.path.exists(SCENES_RUN):
             s["init"] = SCENES_RUN
         if s["optimizer"] != preset.get("optimizer", "sgd"):
-            s["lr"] = told.get("lr", ADAMW_RATE)
+            s["lr"] = told.get("lr", ADAMW_RATE if s["optimizer"] == "adamw" else DataSet.lr)
         if s["weight_decay"] is None:
             s["weight_decay"] = 0.05 if s["optimizer"] == "adamw" else 0.0
         if "epochs" in told and "steps" not in told:

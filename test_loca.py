@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1148,6 +1149,36 @@ def test_killed_while_it_runs(whole_run, tmp_path):
     assert equal(weights(tmp_path), weights(whole_run))
 
 
+def test_a_signal_passed_on_twice_is_one_and_a_later_one_ends_the_process(monkeypatch):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    processes, ended = train.Processes("cpu"), []
+    try:
+        processes.listen()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert processes.stop == signal.SIGTERM and not ended
+        processes.asked -= 2  # as if two seconds had passed
+        monkeypatch.setattr(signal, "raise_signal", ended.append)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_processes_that_see_different_checkpoints_stop(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Processes, "sum", lambda self, values: [5.0])  # another one is at step 5
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "not all processes see the same checkpoint" in capsys.readouterr().err
+
+
+def test_the_learning_rate_may_change_on_resume(tmp_path, capsys):
+    assert train.main([*SMALL, "--epochs", "2", "--keep", "1", "--out", str(tmp_path)]) == 0
+    os.replace(tmp_path / "epoch_0001.pt", tmp_path / "last.pt")
+    assert train.main([*SMALL, "--epochs", "2", "--keep", "1", "--lr", "0.0005", "--out", str(tmp_path)]) == 0
+    assert "resuming with --lr 0.0005, before it was" in capsys.readouterr().out
+
+
 def test_a_signal_to_the_whole_process_group(whole_run, tmp_path):
     """As terminals and schedulers send it: the workers ignore it, the run saves and says that it can go on."""
     command = [sys.executable, str(HERE / "train.py"), *SMALL, "--workers", "2", "--out", str(tmp_path)]
@@ -1465,6 +1496,11 @@ def test_bench(photos, capsys):
     said = capsys.readouterr().out
     for words in ("decode and crops", "colours", "step, batch 4", "MFU", "peak memory", "limits"):
         assert words in said
+
+
+def test_bench_is_of_one_process():
+    with pytest.raises(train.Problem, match="without torchrun"):
+        train.bench({}, SimpleNamespace(world=2))
 
 
 def test_the_command_line_names_every_flag_once():
@@ -2005,8 +2041,8 @@ def test_seg_resume_is_exact(seg, tmp_path, stop, monkeypatch, capsys):
         assert equal(weights(tmp_path, name), weights(seg / "run", name))
     assert metrics(tmp_path) == metrics(seg / "run")
     assert (tmp_path / "results.json").read_text() == (seg / "run/results.json").read_text()
-    assert finetune_seg.main(seg_flags(seg, tmp_path, "--lr", "0.1")) == 2  # another run's folder
-    assert "--lr 0.003, not 0.1" in capsys.readouterr().err
+    assert finetune_seg.main(seg_flags(seg, tmp_path, "--weight-decay", "0.7")) == 2  # another run's folder
+    assert ", not 0.7: give another --out" in capsys.readouterr().err
 
 
 def run_seg(flags, processes=1, cwd=None):

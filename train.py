@@ -493,7 +493,8 @@ def feed(dataset, workers, device, **order):
     for batch in read_on(make_loader(dataset, workers, device, **order)):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             moved = {
-                k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+                k: v.to(device, non_blocking=stream is not None) if torch.is_tensor(v) else v
+                for k, v in batch.items()
             }
         if ready is not None:
             yield ready
@@ -704,9 +705,11 @@ class Processes:
         once."""
 
         def ask(number, frame):
-            self.stop = number
-            for s in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(s, signal.SIG_DFL)
+            if self.stop is None:
+                self.stop, self.asked = number, time.monotonic()
+            elif time.monotonic() > self.asked + 1:  # schedulers and torchrun pass the same signal on twice
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, ask)
@@ -836,7 +839,7 @@ def duration(seconds):
 RUN_ONLY = {
     "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes", "keep", "tensorboard",
     "cache_list", "val_every", "accumulate", "world", "small", "bench", "show", "curves", "eval_only", "checkpoint", "predict",
-    "multi_scale", "window_batch", "split", "evaluations",
+    "multi_scale", "window_batch", "split", "evaluations", "lr", "warmup_epochs", "clip",
 }  # fmt: skip  # settings that a resumed run may change
 
 
@@ -936,7 +939,7 @@ class Window:
             values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, terms))
             raise Problem(
                 f"step {int(step)}: the loss or its gradient is not finite; rank {self.processes.rank} had {values}. "
-                "The last checkpoint is untouched: go on from it in another --out with a smaller --lr or in float32"
+                "The last checkpoint is untouched: the same command goes on from it, with a smaller --lr or in float32"
             )
 
     def read(self, batch):
@@ -963,6 +966,10 @@ class Run:
         """Go on from the run folder's last checkpoint if it has one; open the log; say what starts."""
         s, world = self.s, self.processes.world
         self.first, window = self.resume()
+        if self.processes.sum([float(self.first)])[0] != self.first * world:
+            raise Problem(
+                f"--out {self.out}: not all processes see the same checkpoint; use a folder that all machines share"
+            )
         self.window = Window(terms, self.processes, len(self.images), window)
         self.log = Log(self.out, self.first + 1, s.get("tensorboard")) if self.processes.main else None
         self.saved_at = time.monotonic()
@@ -1202,10 +1209,8 @@ class Pretraining(Run):
             times = self.best * self.model.positions
             say(f"held-out position accuracy {self.best:.2%}, {times:.1f} times chance")
         say(f"{self.out}: last.pt, encoder.pt (timm's names), predictions.png, curves.png, metrics.jsonl")
-        say(
-            "next: python finetune_seg.py"
-            + (f" --data NAME:DIR --init {self.out}/last.pt" if s["data"] else "")
-        )
+        flags = f" --init {self.out}/last.pt{' --small' if s['small'] else ''}"
+        say(f"next: python finetune_seg.py{' --data NAME:DIR' if s['data'] else ''}{flags}")
 
 
 def check_same_run(path, old, new, processes):
@@ -1546,6 +1551,9 @@ def bench_step(s, batch, device):
 
 def bench(s, processes):
     """Measure the input pipeline and the training step at these settings, and say which of them limits."""
+    require(
+        processes.world == 1, "--bench measures one device: run it without torchrun, --batch being its share"
+    )
     device, (images, _) = processes.device, open_data({**s, "val_images": 0}, processes)
     count = s["batch"] // s["accumulate"] // processes.world
     cropping, colouring, batch = bench_input(s, images, count)
@@ -1752,15 +1760,16 @@ def launch(script, read, run, arguments=None):
         processes = Processes(s["device"])
         s["precision"] = choose_precision(processes.device, s["precision"])
         if s["workers"] is None:
-            share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            s["workers"] = max(1, min(12, share))
-        return run(s, *more, processes)
+            own = hasattr(os, "sched_getaffinity")  # not on macOS
+            cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+            s["workers"] = max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        code = run(s, *more, processes)
     except Problem as problem:
         print(f"{script}: {problem}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        return 2  # without a goodbye to the other processes, which may not come to theirs: torchrun ends them
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 def dispatch(s, processes):

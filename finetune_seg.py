@@ -839,7 +839,7 @@ def predict(s, saved, processes):
         overlay = beside([overlay, legend(labels, classes, palette, overlay.height)])
         train.save_picture(f"{name}_overlay.png", overlay)
         print(f"{path} -> {name}_mask.png, _overlay.png, _labels.png", flush=True)
-    if failed == len(files[processes.rank :: processes.world]) and failed:
+    if processes.sum([float(failed)])[0] == len(files):
         raise Problem(f"--predict {source}: none of the images can be read")
     return 0
 

@@ -1498,6 +1498,12 @@ def test_bench(photos, capsys):
         assert words in said
 
 
+def test_a_missing_folder_is_named_with_its_flag(photos, tmp_path, capsys):
+    flags = [*SMALL, "--data", str(photos), "--val", str(tmp_path / "none"), "--out", str(tmp_path)]
+    assert train.main(flags) == 2
+    assert f"train.py: --val {tmp_path}/none: there is no such folder" in capsys.readouterr().err
+
+
 def test_bench_is_of_one_process():
     with pytest.raises(train.Problem, match="without torchrun"):
         train.bench({}, SimpleNamespace(world=2))

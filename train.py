@@ -70,9 +70,10 @@ class Files:
         return Files([os.fsencode(self[i]) for i in indices])
 
 
-def find_images(folder, cache=None):
+def find_images(folder, cache=None, named="--data"):
     """Names, relative to `folder`, of all images below it, sorted; links are followed once. `cache`: a file
-    that keeps the list. Raises Problem for a folder that is missing or has no images."""
+    that keeps the list. Raises Problem for a folder that is missing or has no images, with the flag that
+    `named` it."""
     if cache and Path(cache).exists():
         with np.load(cache) as saved:
             files = Files([])
@@ -81,7 +82,7 @@ def find_images(folder, cache=None):
         return files
     root, seen, names = os.fsencode(folder), set(), []
     if not os.path.isdir(root):
-        raise Problem(f"--data {folder}: there is no such folder")
+        raise Problem(f"{named} {folder}: there is no such folder")
     for parent, folders, entries in os.walk(root, followlinks=True):
         here = os.stat(parent)
         if (here.st_dev, here.st_ino) in seen:  # a link that leads back up
@@ -95,7 +96,7 @@ def find_images(folder, cache=None):
             if os.fsdecode(name).lower().endswith(EXTENSIONS)
         ]
     if not names:
-        raise Problem(f"--data {folder}: no images below it (looked for {', '.join(EXTENSIONS)})")
+        raise Problem(f"{named} {folder}: no images below it (looked for {', '.join(EXTENSIONS)})")
     files = Files(names)
     if cache:
         partial = Path(f"{cache}.partial.npz")
@@ -480,7 +481,8 @@ def read_on(loader):
         if not dead:
             raise
         raise Problem(
-            f"loader worker {', '.join(dead)} died, most likely because memory ran out: try fewer --workers; the "
+            f"loader worker {', '.join(dead)} died, most likely because memory ran out: try fewer --workers, "
+            "in a container more shared memory (/dev/shm); the "
             "same command goes on from the last checkpoint"
         ) from error
 
@@ -869,7 +871,7 @@ def open_data(s, processes):
     if processes.world > 1 and processes.main and s["cache_list"]:
         dist.barrier()
     if s["val"]:
-        held_out = find_images(s["val"])
+        held_out = find_images(s["val"], named="--val")
         chosen = np.random.default_rng(s["seed"]).permutation(len(held_out))[: s["val_images"]]
         return Folder(s["data"], files), Folder(s["val"], held_out.select(np.sort(chosen)))
     count = min(s["val_images"], len(files) // 10)

@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as colour_functions
 
 import loca
 import train
-from train import REQUEUE, Problem, autocast, check_batch, check_numbers, feed, require, set_seed
+from train import REQUEUE, Problem, autocast, check_batch, check_numbers, feed, first_line, require, set_seed
 
 IGNORED, ILLEGAL = 255, 254  # labels: counts nowhere; stands for no class of the data set
 
@@ -476,10 +476,7 @@ class Crops(Dataset):
                 image, labels = augment(*self.source.read(number), s["crop"], s["base_size"], rng)
                 return {"image": image, "labels": labels, "unreadable": wrong}
             except Exception as error:  # a damaged file can make a decoder say anything
-                wrong = (
-                    wrong
-                    or f"{self.source.name(number)!r}: {(str(error) or type(error).__name__).splitlines()[0]}"
-                )
+                wrong = wrong or f"{self.source.name(number)!r}: {first_line(error)}"
         raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
 
 
@@ -494,10 +491,7 @@ class Whole(Dataset):
             image, labels = self.source.read(i)
             return {"image": image, "labels": labels, "number": i, "unreadable": ""}
         except Exception as error:
-            return {
-                "number": i,
-                "unreadable": f"{self.source.name(i)!r}: {(str(error) or type(error).__name__).splitlines()[0]}",
-            }
+            return {"number": i, "unreadable": f"{self.source.name(i)!r}: {first_line(error)}"}
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -1092,7 +1086,7 @@ def read_settings(arguments, world):
         if data is None and "init" not in told and os.path.exists(SCENES_RUN):
             s["init"] = SCENES_RUN
         if s["optimizer"] != preset.get("optimizer", "sgd"):
-            s["lr"] = told.get("lr", ADAMW_RATE if s["optimizer"] == "adamw" else DataSet.lr)
+            s["lr"] = told.get("lr", ADAMW_RATE if s["optimizer"] == "adamw" else (data or DataSet).lr)
         if s["weight_decay"] is None:
             s["weight_decay"] = 0.05 if s["optimizer"] == "adamw" else 0.0
         if "epochs" in told and "steps" not in told:

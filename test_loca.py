@@ -1052,9 +1052,10 @@ def launcher(processes, *torchrun_flags):
     return [sys.executable, *(torchrun if processes > 1 else [])]
 
 
-def run_train(out, *flags, processes=1, **options):
-    """Run train.py as users do -> the finished process."""
-    command = [*launcher(processes), str(HERE / "train.py"), *SMALL, "--out", str(out), *map(str, flags)]
+def run_train(out, *flags, processes=1, script=HERE / "train.py", torchrun_flags=(), **options):
+    """Run train.py, or a script around it, as users do -> the finished process."""
+    start = [*launcher(processes, *torchrun_flags), str(script)]
+    command = [*start, *SMALL, "--out", str(out), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
 
 
@@ -1324,10 +1325,8 @@ def run_with_fault(folder, fault, processes, *torchrun_flags):
         "loca.LOCA.forward = faulty\n"
         "sys.exit(train.main())\n"
     )
-    flags = [*SMALL, "--save-minutes", "0", "--out", str(folder / "run")]
-    command = [*launcher(processes, *torchrun_flags), str(script), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    how = {"script": script, "torchrun_flags": torchrun_flags, "env": {**os.environ, "PYTHONPATH": str(HERE)}}
+    return run_train(folder / "run", "--save-minutes", "0", processes=processes, **how)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -1489,6 +1488,17 @@ def test_presets_give_way_to_what_is_told(tmp_path):
     s, _ = finetune_seg.read_settings(flags, 1)
     sides = {"crop": [128, 128], "stride": [64, 64]}
     assert {k: s[k] for k in finetune_seg.SMALL_PRESET} == {**finetune_seg.SMALL_PRESET, **sides, "lr": 0.1}
+    flags = ["--small", "--data", f"camvid:{tmp_path}", "--init", "none", "--optimizer", "sgd"]
+    assert finetune_seg.read_settings(flags, 1)[0]["lr"] == finetune_seg.DATASETS["camvid"].lr
+
+
+def test_workers_are_shared_out_also_where_the_own_cores_are_not_known(monkeypatch):
+    """As on macOS, which has no os.sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings = {"device": "cpu", "precision": "float32", "workers": None}
+    assert train.launch("train.py", lambda *_: (settings,), lambda s, processes: s["workers"]) == 3
 
 
 def test_bench(photos, capsys):
@@ -2048,7 +2058,7 @@ def test_seg_resume_is_exact(seg, tmp_path, stop, monkeypatch, capsys):
     assert metrics(tmp_path) == metrics(seg / "run")
     assert (tmp_path / "results.json").read_text() == (seg / "run/results.json").read_text()
     assert finetune_seg.main(seg_flags(seg, tmp_path, "--weight-decay", "0.7")) == 2  # another run's folder
-    assert ", not 0.7: give another --out" in capsys.readouterr().err
+    assert "--weight-decay 0.05, not 0.7" in capsys.readouterr().err
 
 
 def run_seg(flags, processes=1, cwd=None):

@@ -41,6 +41,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 
 REQUEUE = 75  # exit code of a run that was told to stop and has saved (EX_TEMPFAIL)
 
 
+def first_line(error):
+    """What an exception says in its first line, or its kind where it says nothing."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 class Problem(Exception):
     """Something that the person at the keyboard can mend, in one line: what, where, what to do."""
 
@@ -365,8 +370,7 @@ class Views(Dataset):
             try:
                 return self.source.image((number + i) % len(self)), wrong
             except Exception as error:  # a damaged file can make a decoder say anything
-                said = str(error).split("\n")[0] or type(error).__name__
-                wrong = wrong or f"{self.source.name(number)!r}: {said}"
+                wrong = wrong or f"{self.source.name(number)!r}: {first_line(error)}"
         raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
 
     def __getitem__(self, key):
@@ -677,7 +681,7 @@ class Processes:
             self.device = torch.device(device if ":" in device or device != "cuda" else f"cuda:{self.local}")
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise Problem(f"--device {device}: {str(error).splitlines()[0]}") from error
+            raise Problem(f"--device {device}: {first_line(error)}") from error
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
@@ -703,13 +707,13 @@ class Processes:
         return total.tolist()
 
     def listen(self):
-        """From now on SIGTERM and SIGINT ask for a stop after a save; a second one ends the process at
-        once."""
+        """From now on SIGTERM and SIGINT ask for a stop after a save; one that comes over a second later ends
+        the process at once. Until then it is the same one, which schedulers and torchrun both pass on."""
 
         def ask(number, frame):
             if self.stop is None:
                 self.stop, self.asked = number, time.monotonic()
-            elif time.monotonic() > self.asked + 1:  # schedulers and torchrun pass the same signal on twice
+            elif time.monotonic() > self.asked + 1:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
 
@@ -783,7 +787,7 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own for a damaged file
-        raise Problem(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+        raise Problem(f"cannot read the checkpoint {path}: {first_line(error)}") from error
 
 
 class Log:

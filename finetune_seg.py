@@ -1005,15 +1005,14 @@ ADAMW_RATE = 0.0001
 
 def make_parser():
     """The command line; a default of None is found in the data set's entry, the weights or the checkpoint."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=train.Help)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="NAME:DIR", help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
     g.add_argument("--classes", type=int, help="classes of folder:DIR; default: one more than the largest mask value")
     g.add_argument("--fraction", default="1", help="share of the training images, as 1/32; of one seed the smaller lies in the larger")
-    g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: --epochs of the fewer images, or as many steps as with all of them")
+    g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs of the fewer images, or for as many steps as with all")
     g.add_argument("--small", **yes_no, help="small images, a small model, a quarter of an hour on two cores; goes with train.py --small")
     g.add_argument("--scenes", type=int, default=400, help="drawn scenes to train on, without --data")
     g.add_argument("--workers", type=int, help="loader processes per device; default: its share of the cores")
@@ -1047,7 +1046,7 @@ def make_parser():
     g.add_argument("--seed", type=int, default=0, help="of everything random")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")
-    g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default: best.pt in --out for --eval-only")
+    g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
     g.add_argument("--split", default="val", help="part to evaluate with --eval-only: val, or test where the data set has it")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
     g.add_argument("--window-batch", type=int, default=8, help="windows at a time; changes memory and speed, not results")
@@ -1073,10 +1072,12 @@ def read_settings(arguments, world):
     s = {**defaults, **told}
     looking = s["eval_only"] or s["predict"]
     if looking:
-        content = read_checkpoint(s)
+        if s["eval_only"]:
+            told.setdefault("checkpoint", f"{s['out'] or default_out(split_data(s)[0])}/best.pt")
+        content = read_checkpoint(told.get("checkpoint"))
         preset = content["settings"]
         s = {**defaults, **{k: v for k, v in preset.items() if k not in train.RUN_ONLY}, **told}
-        s["out"] = s["out"] or ("predictions" if s["predict"] else str(Path(s["checkpoint"] or "x").parent))
+        s["out"] = s["out"] or ("predictions" if s["predict"] else str(Path(s["checkpoint"]).parent))
     name, folder = split_data(s)
     if not looking:
         data = DATASETS.get(name)
@@ -1091,7 +1092,7 @@ def read_settings(arguments, world):
             s["weight_decay"] = 0.05 if s["optimizer"] == "adamw" else 0.0
         if "epochs" in told and "steps" not in told:
             s["steps"] = None
-        s["out"] = s["out"] or f"runs/finetune_{name}"
+        s["out"] = s["out"] or default_out(name)
         content, sizes = starting_weights(s)
         s = {**s, **sizes, **loca.SIZES.get(s["model"], {}), **{k: told[k] for k in SIZES if k in told}}
     usual = sides(s | preset, "window" if looking else "crop")  # what the stride of the preset is for
@@ -1113,13 +1114,15 @@ def sides(s, key):
     return given * (3 - len(given))
 
 
-def read_checkpoint(s):
-    """The checkpoint that --eval-only or --predict names. Raises Problem."""
-    path = s["checkpoint"] or (f"{s['out']}/best.pt" if s["out"] and s["eval_only"] else None)
-    if path is None or not os.path.isfile(path):
-        raise Problem(
-            f"--checkpoint {path}: there is no such file" if path else "--checkpoint FILE is missing"
-        )
+def default_out(name):
+    """The run folder of a data set where --out names none."""
+    return f"runs/finetune_{name}"
+
+
+def read_checkpoint(path):
+    """The checkpoint that --eval-only or --predict starts from. Raises Problem."""
+    require(path is not None, "--checkpoint FILE is missing: the best.pt of a run")
+    require(os.path.isfile(path), f"--checkpoint {path}: there is no such file")
     content = train.load_file(path)
     if not isinstance(content, dict) or not {"model", "settings", "classes", "palette"} <= content.keys():
         raise Problem(f"--checkpoint {path}: it is not a checkpoint of this script")

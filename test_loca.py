@@ -1231,7 +1231,7 @@ def test_two_processes_and_another_number_of_them(tmp_path):
     first = metrics(tmp_path)
     assert all(r["gradient_norm"] > 0 for r in first if "loss" in r)
     again = run_train(tmp_path)  # a finished run: says so and ends
-    assert again.returncode == 0 and "resuming with --world 1, before it was 2" in again.stdout
+    assert again.returncode == 0 and "resuming with processes: 1, before it was 2" in again.stdout
     assert metrics(tmp_path) == first
 
 
@@ -2351,6 +2351,8 @@ def test_seg_on_drawn_scenes(tmp_path, monkeypatch, capsys):
         ("--init no/file.pt", "no such file"),
         ("--predict . ", "--checkpoint FILE is missing"),
         ("--eval-only --checkpoint no/file.pt", "no such file"),
+        ("--eval-only", "runs/finetune_scenes/best.pt: there is no such file"),
+        ("--eval-only --out my/run", "my/run/best.pt: there is no such file"),
         ("--split test", "--split test: scenes has train, val"),
         ("--drop-path 1", "--drop-path"),
         ("--lr 0", "--lr"),

@@ -693,6 +693,7 @@ class Processes:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             where = {"store": store, "rank": self.rank, "world_size": self.world, "device_id": device_id}
             dist.init_process_group(backend, timeout=timedelta(minutes=10), **where)
+            self.store = store
         self.stop = None  # the signal that asked this run to stop
 
     def say(self, *words):
@@ -869,11 +870,11 @@ def open_data(s, processes):
     """Training and held-out images as the settings name them."""
     if s["data"] is None:
         return Scenes(s["scenes"]), Scenes(s["val_images"], first=10**6)
-    if not processes.main and s["cache_list"]:
-        dist.barrier()  # the first process lists the folder and keeps the list for the others
+    if not processes.main and s["cache_list"]:  # the first process lists the folder, for hours if need be
+        processes.store.wait(["listed"], timedelta(days=1))
     files = find_images(s["data"], s["cache_list"])
-    if processes.world > 1 and processes.main and s["cache_list"]:
-        dist.barrier()
+    if processes.main and processes.world > 1 and s["cache_list"]:
+        processes.store.set("listed", "")
     if s["val"]:
         held_out = find_images(s["val"], named="--val")
         chosen = np.random.default_rng(s["seed"]).permutation(len(held_out))[: s["val_images"]]
@@ -1222,13 +1223,15 @@ class Pretraining(Run):
 def check_same_run(path, old, new, processes):
     """Raise Problem where the settings of a checkpoint and of this run differ in what makes the run; say what
     else changed."""
+    no_flags = {"world": "processes:", "images": "training images:"}
     for key in sorted(old.keys() & new.keys()):
+        name = no_flags.get(key, flag(key))
         if old[key] != new[key] and key not in RUN_ONLY:
             raise Problem(
-                f"{path} was made with {flag(key)} {old[key]}, not {new[key]}: give another --out, or {old[key]} to resume"
+                f"{path} was made with {name} {old[key]}, not {new[key]}: give another --out, or {old[key]} to resume"
             )
         if old[key] != new[key] and key not in ("bench", "out"):
-            processes.say(f"resuming with {flag(key)} {new[key]}, before it was {old[key]}")
+            processes.say(f"resuming with {name} {new[key]}, before it was {old[key]}")
 
 
 @torch.no_grad()
@@ -1604,17 +1607,24 @@ SCENES_PRESET = {
 }  # fmt: skip
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help with the default behind each text that does not tell it."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False, argparse.SUPPRESS)
+        return action.help if told else f"{action.help} (%(default)s)"
+
+
 def make_parser():
     """The command line; defaults are the released recipe."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder of images, at any depth; default: drawn scenes, a tiny model")
     g.add_argument("--val", metavar="DIR", help="folder of held-out images; default: a part of --data")
     g.add_argument("--val-images", type=int, default=500, help="held-out images, at most a tenth of --data")
-    g.add_argument("--val-every", type=int, default=1, metavar="E", help="epochs between held-out figures; more for few images")
+    g.add_argument("--val-every", type=int, default=1, metavar="E", help="epochs between held-out figures; raise it for few images")
     g.add_argument("--scenes", type=int, default=1280, help="drawn scenes to train on, without --data")
     g.add_argument("--small", **yes_no, help="half an hour on two cores for a folder of hundreds of images: small model, views, batch")
     g.add_argument("--cache-list", metavar="FILE", help="keep the list of images here: for folders of millions")
@@ -1634,13 +1644,13 @@ def make_parser():
     g.add_argument("--depth", type=int, help="blocks")
     g.add_argument("--heads", type=int, help="attention heads")
     g.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
-    g.add_argument("--position-std", type=float, help="initial position embedding; default: width ** -0.5; 1 for short runs")
+    g.add_argument("--position-std", type=float, help="initial position embedding; default: width ** -0.5; 1 learns positions sooner")
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
     g.add_argument("--prototypes", type=int, default=4096, help="clusters of the feature loss; fewer for small data")
     g.add_argument("--head-hidden", type=int, default=2048, help="hidden width of the projection head")
     g.add_argument("--bottleneck", type=int, default=256, help="width in which features meet prototypes")
     g.add_argument("--masking-ratio", type=float, default=0.8, help="eta, share of reference tokens that are hidden")
-    g.add_argument("--masking", default="consecutive", choices=["consecutive", "first", "unstructured"], help="kind")
+    g.add_argument("--masking", default="consecutive", choices=["consecutive", "first", "unstructured"], help="which tokens stay: a run of neighbours, the first, or any")
     g.add_argument("--student-temperature", type=float, default=0.1, help="of the student's cluster prediction")
     g.add_argument("--teacher-temperature", type=float, default=0.05, help="of the targets; higher if they collapse")
     g.add_argument("--position-weight", type=float, default=1.0, help="0: feature loss alone")

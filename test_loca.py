@@ -794,6 +794,9 @@ def test_list_of_images(photos, tmp_path):
     again = train.find_images(photos / "not asked", tmp_path / "list.npz")  # the kept list is enough
     assert [again[i] for i in range(len(again))] == [files[i] for i in range(len(files))]
     assert [files.select([3, 1])[i] for i in range(2)] == [files[3], files[1]]
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "list.npz").read_bytes()[:-30])
+    with pytest.raises(train.Problem, match="--cache-list .*damaged.npz: not a list of ours"):
+        train.find_images(photos, tmp_path / "damaged.npz")
     odd = tmp_path / "odd"
     (odd / "loop").mkdir(parents=True)
     os.symlink(odd, odd / "loop" / "back")

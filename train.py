@@ -80,9 +80,12 @@ def find_images(folder, cache=None, named="--data"):
     that keeps the list. Raises Problem for a folder that is missing or has no images, with the flag that
     `named` it."""
     if cache and Path(cache).exists():
-        with np.load(cache) as saved:
-            files = Files([])
-            files.text, files.ends = saved["text"], saved["ends"]
+        files = Files([])
+        try:
+            with np.load(cache) as saved:
+                files.text, files.ends = saved["text"], saved["ends"]
+        except Exception as error:  # numpy, zipfile and zlib each have their own for a damaged file
+            raise Problem(f"--cache-list {cache}: not a list of ours, or damaged; delete it") from error
         print(f"{len(files)} image names from {cache} (delete it to list {folder} anew)")
         return files
     root, seen, names = os.fsencode(folder), set(), []
@@ -104,9 +107,7 @@ def find_images(folder, cache=None, named="--data"):
         raise Problem(f"{named} {folder}: no images below it (looked for {', '.join(EXTENSIONS)})")
     files = Files(names)
     if cache:
-        partial = Path(f"{cache}.partial.npz")
-        np.savez(partial, text=files.text, ends=files.ends)
-        partial.replace(cache)
+        write_file(cache, lambda file: np.savez(file, text=files.text, ends=files.ends))
     return files
 
 
@@ -485,9 +486,8 @@ def read_on(loader):
         if not dead:
             raise
         raise Problem(
-            f"loader worker {', '.join(dead)} died, most likely because memory ran out: try fewer --workers, "
-            "in a container more shared memory (/dev/shm); the "
-            "same command goes on from the last checkpoint"
+            f"loader worker {', '.join(dead)} died, most likely because memory ran out: try fewer --workers, in a "
+            "container more shared memory (/dev/shm); the same command goes on from the last checkpoint"
         ) from error
 
 
@@ -742,9 +742,8 @@ def choose_precision(device, asked=None):
         can = torch.cpu.get_capabilities()
         fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
     precision = asked or ("bf16" if fast else "float32")
-    if (
-        device.type == "cpu"
-    ):  # on short sequences the plain attention's bf16 backward beats the tiled one's by far
+    if device.type == "cpu":
+        # on short sequences the plain attention's bf16 backward beats the tiled one's by far
         torch.backends.cuda.enable_flash_sdp(precision == "float32")
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return precision
@@ -831,16 +830,6 @@ def set_seed(*parts):
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1))
 
 
-def duration(seconds):
-    """Seconds in words."""
-    minutes = int(seconds) // 60
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min"
-        if minutes >= 60
-        else f"{minutes} min {int(seconds) % 60:02d} s"
-    )
-
-
 # ---------------------------------------------------------------------------------------------- model
 
 RUN_ONLY = {
@@ -894,9 +883,8 @@ class Window:
     def __init__(self, names, processes, images, saved=None):
         self.names, self.processes = names, processes
         self.share, self.seen, self.unreadable = images // processes.world, 0, set()
-        self.failed = torch.full(
-            (1 + len(names),), -1.0, device=processes.device
-        )  # first bad step, its terms
+        # the first bad step and its terms
+        self.failed = torch.full((1 + len(names),), -1.0, device=processes.device)
         self.clear()
         if saved is not None:
             self.sums, self.count = saved[1:].to(processes.device), int(saved[0])
@@ -1040,7 +1028,7 @@ class Run:
         self.processes.say(
             f"step {done}/{self.steps} epoch {epoch:.1f} | loss {record['loss']:.3f} | {self.describe(record)}lr "
             f"{rate:.1e} | {record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
-            f"{record['memory_gib']:.1f} GiB | {duration(left)} left"
+            f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(left))} left"
         )
         self.write(done, record)
 
@@ -1057,15 +1045,8 @@ class Run:
         """Write the state of some parts, the settings, and how far the run is."""
         self.window.check()
         state = {name: part.state_dict() for name, part in parts.items()}
-        content = {
-            **state,
-            "settings": self.s,
-            "step": done,
-            "best": self.best,
-            "window": self.window.state(),
-            **more,
-        }
-        save_file(self.out / name, content)
+        state |= {"settings": self.s, "step": done, "best": self.best, "window": self.window.state()}
+        save_file(self.out / name, {**state, **more})
 
 
 TERMS = (

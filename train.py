@@ -575,18 +575,21 @@ def blur(x, probability):
     return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view_as(x)
 
 
-def colours(views, solarize=0.0, blur_probability=0.0):
+def colours(views, solarize=0.0, blur_probability=0.0, out=None):
     """Random colours for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalised
     float32.
 
     Jitter with values clipped to 0..1 after each operation, greyscale with probability 0.2, blur and
     solarisation with the given ones (released pipeline). No value goes back to the host. On the CPU as
-    many views at a time as its cache holds.
+    many views at a time as its cache holds. out: where the result goes.
     """
     device, shape = views.device, views.shape
+    out = torch.empty(shape, device=device) if out is None else out
     fitting = max(1, 2**18 // (shape[-1] * shape[-2]))
     if device.type == "cpu" and len(views) > fitting:
-        return torch.cat([colours(part, solarize, blur_probability) for part in views.split(fitting)])
+        for part, place in zip(views.split(fitting), out.split(fitting)):
+            colours(part, solarize, blur_probability, place)
+        return out
     x = views.float().div_(255).flatten(2)  # V,3,ss
     matrix, shift, of_mean = draw_jitter(len(x), device)
     for k in range(4):
@@ -603,7 +606,8 @@ def colours(views, solarize=0.0, blur_probability=0.0):
         turned = (x >= 0.5) & (torch.rand(len(x), 1, 1, device=device) < solarize)
         x = torch.where(turned, 1 - x, x)
     mean, std = (constant(values, device)[:, None] for values in (MEAN, STD))
-    return torch.baddbmm((-mean / std).expand(len(x), 3, 1), mix / std, x).view(shape)
+    torch.baddbmm((-mean / std).expand(len(x), 3, 1), mix / std, x, out=out.flatten(2))
+    return out
 
 
 def plain_colours(views):

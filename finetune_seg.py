@@ -469,15 +469,10 @@ class Crops(Dataset):
         self.source, self.s = source, s
 
     def __getitem__(self, key):
-        s, rng, wrong = self.s, np.random.default_rng((self.s["seed"], *key)), ""
-        for i in range(min(len(self.source), 100)):
-            number = (key[1] + i) % len(self.source)
-            try:
-                image, labels = augment(*self.source.read(number), s["crop"], s["base_size"], rng)
-                return {"image": image, "labels": labels, "unreadable": wrong}
-            except Exception as error:  # a damaged file can make a decoder say anything
-                wrong = wrong or f"{self.source.name(number)!r}: {first_line(error)}"
-        raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
+        s, rng, number = self.s, np.random.default_rng((self.s["seed"], *key)), key[1] % len(self.source)
+        (image, labels), wrong = train.read_or_next(self.source, number, self.source.read)
+        image, labels = augment(image, labels, s["crop"], s["base_size"], rng)
+        return {"image": image, "labels": labels, "unreadable": wrong}
 
 
 class Whole(Dataset):

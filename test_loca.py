@@ -806,7 +806,7 @@ def test_list_of_images(photos, tmp_path):
     found = train.find_images(odd)
     assert len(found) == 2
     folder = train.Folder(str(odd), found)
-    sizes = [train.Views(folder, {}).image(i)[0].shape for i in range(2)]
+    sizes = [train.read_or_next(folder, i, folder.image)[0].shape for i in range(2)]
     assert sizes == [(3, 40, 60)] * 2
     for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path / "odd" / "loop", "no images")):
         if folder.name == "loop":
@@ -840,7 +840,7 @@ def test_views_show_what_their_boxes_say(photos):
     dataset = train.Views(train.Folder(str(photos), files), view_settings())
     for i in range(len(files)):
         item = dataset[0, i]
-        image, _ = dataset.image(i)
+        image, _ = train.read_or_next(dataset.source, i, dataset.source.image)
         assert item["reference"].shape == (3, 32, 32) and item["focal"].shape == (3, 3, 16, 16)
         views = [item["reference"], item["query"], *item["focal"]]
         assert not item["flips"][0]

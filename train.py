@@ -350,6 +350,18 @@ def random_box(height, width, area, rng):
     return 0, 0, height, width
 
 
+def read_or_next(source, number, read):
+    """`read` the image of that number, or the next one that can be read -> what it gives, and '' or what was
+    wrong with the first. Raises Problem after 100 in a row."""
+    wrong = ""
+    for i in range(min(len(source), 100)):
+        try:
+            return read((number + i) % len(source)), wrong
+        except Exception as error:  # a damaged file can make a decoder say anything
+            wrong = wrong or f"{source.name(number)!r}: {first_line(error)}"
+    raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
+
+
 class Views(Dataset):
     """One image -> uint8 crops of one reference, one random query and the focal queries, all from one decode.
 
@@ -364,19 +376,9 @@ class Views(Dataset):
     def __len__(self):
         return len(self.source)
 
-    def image(self, number):
-        """The image, or the next readable one with a word on why."""
-        wrong = ""
-        for i in range(min(len(self), 100)):
-            try:
-                return self.source.image((number + i) % len(self)), wrong
-            except Exception as error:  # a damaged file can make a decoder say anything
-                wrong = wrong or f"{self.source.name(number)!r}: {first_line(error)}"
-        raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
-
     def __getitem__(self, key):
         s, rng = self.s, np.random.default_rng((self.s["seed"], *key))
-        image, wrong = self.image(key[1])
+        image, wrong = read_or_next(self.source, key[1], self.source.image)
         areas = [s["large_area"]] * 2 + [s["focal_area"]] * s["focal"]
         boxes = [random_box(*image.shape[1:], area, rng) for area in areas]
         flips = rng.random(len(boxes)) < 0.5

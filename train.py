@@ -1584,8 +1584,8 @@ def bench(s, processes):
 
 SMALL_PRESET = {  # what made LOCA strong in half an hour of two cores; the README tells what was tried
     "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 768, "image_size": 64, "focal_size": 32, "focal": 4,
-    "prototypes": 512, "head_hidden": 384, "bottleneck": 64, "batch": 32, "steps": 3600, "warmup_epochs": 3.0, "lr": 0.064,
-    "momentum": 0.99, "val_every": 10, "log_every": 25, "out": "runs/small",
+    "prototypes": 512, "head_hidden": 384, "bottleneck": 64, "batch": 32, "steps": 3600, "warmup_epochs": 3.0, "lr": 0.032,
+    "momentum": 0.99, "teacher_temperature": 0.025, "val_every": 10, "log_every": 25, "out": "runs/small",
 }  # fmt: skip
 SCENES_PRESET = {
     "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "focal_size": 32, "focal": 3,

@@ -9,6 +9,7 @@ image it is for, so a resumed run goes on as if it had never stopped.
 import argparse
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -150,7 +151,7 @@ bag""")
 ISPRS = named("impervious surface, building, low vegetation, tree, car, clutter")
 ISPRS_PALETTE = ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0))
 SUIM = named("water, diver, plants, wreck, robot, reef, fish, sea floor")
-SUIM_PALETTE = tuple((255 * (k >> 2 & 1), 255 * (k >> 1 & 1), 255 * (k & 1)) for k in range(8))
+SUIM_PALETTE = tuple(itertools.product((0, 255), repeat=3))
 
 # Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow the nearest of these.
 DATASETS = {
@@ -191,8 +192,7 @@ DATASETS = {
 
 
 def find_files(root, pattern):
-    """Files below `root` that fit a pattern, by what its stars stand for; '.*' at its end is any
-    extension."""
+    """Files below `root` that fit a pattern, by what its stars stand for; a last '.*' is any extension."""
     regex = re.compile("([^/]*)".join(map(re.escape, pattern.split("*"))), re.DOTALL)
     found = {}
     for path in glob.glob(pattern, root_dir=root):
@@ -209,39 +209,30 @@ def find_pairs(name, folder, split):
     """(image file, mask file) of every image of a split, in the order of names. Raises Problem where the
     layout is not there or an image has no mask."""
     data, flag = DATASETS[name], f"--data {name}:{folder}"
-    for root in (os.path.join(folder, part) for part in data.roots):
-        for patterns in data.layouts:
-            images, masks, listing = (p and p.format(split=data.splits[split]) for p in patterns)
-            images, masks = find_files(root, images), find_files(root, masks)
-            if not images or not masks or (listing and not os.path.exists(os.path.join(root, listing))):
-                continue
-            wanted = sorted(images)
-            if listing:  # names, or paths of images, one a line; what follows on the line is not looked at
-                lines = Path(root, listing).read_text().splitlines()
-                wanted = sorted({(Path(line.split()[0]).stem,) for line in lines if line.strip()})
-            if data.held_out:
-                last = data.held_out - 1
-                wanted = [
-                    key for i, key in enumerate(wanted) if (i % data.held_out == last) == (split == "val")
-                ]
-            for files, kind in ((images, "image"), (masks, "mask")):
-                missing = ["/".join(key) for key in wanted if key not in files]
-                if missing:
-                    raise Problem(
-                        f"{flag}: {len(missing)} of {len(wanted)} {split} names have no {kind}: {some(missing)}; "
-                        f"add the files or take the names out"
-                    )
-            return [(images[key], masks[key]) for key in wanted]
-    looked = "; ".join(
-        " with ".join(p.format(split=data.splits[split]) for p in patterns if p) for patterns in data.layouts
-    )
+    layouts = [[p and p.format(split=data.splits[split]) for p in patterns] for patterns in data.layouts]
+    for part, (images, masks, listing) in itertools.product(data.roots, layouts):
+        root = os.path.join(folder, part)
+        images, masks = find_files(root, images), find_files(root, masks)
+        if not images or not masks or (listing and not os.path.exists(os.path.join(root, listing))):
+            continue
+        wanted = sorted(images)
+        if listing:  # names, or paths of images, one a line; what follows on the line is not looked at
+            lines = Path(root, listing).read_text().splitlines()
+            wanted = sorted({(Path(line.split()[0]).stem,) for line in lines if line.strip()})
+        if data.held_out:
+            held_out = set(wanted[data.held_out - 1 :: data.held_out])
+            wanted = [key for key in wanted if (key in held_out) == (split == "val")]
+        for files, kind in ((images, "image"), (masks, "mask")):
+            missing = ["/".join(key) for key in wanted if key not in files]
+            if missing:
+                more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+                raise Problem(
+                    f"{flag}: {len(missing)} of {len(wanted)} {split} names have no {kind}: "
+                    f"{', '.join(map(repr, missing[:4]))}{more}; add the files or take the names out"
+                )
+        return [(images[key], masks[key]) for key in wanted]
+    looked = "; ".join(" with ".join(filter(None, patterns)) for patterns in layouts)
     raise Problem(f"{flag}: no {split} images with masks; looked for {looked}")
-
-
-def some(names, most=4):
-    """The first few of a list of names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
 
 
 class Labelled:
@@ -255,9 +246,9 @@ class Labelled:
             values = {k: k for k in range(count)} if data.values is None else data.values
             self.integers[[*values, IGNORED]] = [*values.values(), IGNORED]
         if data.colours is not None:
-            self.colours = np.full(2**24, ILLEGAL, np.uint8)
-            for (red, green, blue), label in data.colours.items():
-                self.colours[red << 16 | green << 8 | blue] = label
+            self.colours = np.full((256, 256, 256), ILLEGAL, np.uint8)
+            for colour, label in data.colours.items():
+                self.colours[colour] = label
 
     def __len__(self):
         return len(self.pairs)
@@ -265,50 +256,32 @@ class Labelled:
     def name(self, i):
         return self.pairs[i][0]
 
-    def select(self, numbers):
-        """The images at `numbers` alone, in place -> self."""
-        self.pairs = [self.pairs[i] for i in numbers]
-        return self
-
     def labels(self, i):
         """Class indices of a mask. Raises ValueError for what stands for no class."""
         with Image.open(self.pairs[i][1]) as mask:
-            if mask.mode in ("RGB", "RGBA") or (mask.mode == "P" and self.integers is None):
-                if self.colours is None:
-                    raise ValueError("it holds RGB colours, the data set's masks hold class indices")
-                raw = np.asarray(mask.convert("RGB"))
-                raw = (raw >= 128) * np.uint32(255) if self.rounded else raw.astype(np.uint32)
-                raw = raw[..., 0] << 16 | raw[..., 1] << 8 | raw[..., 2]
-                labels = self.colours[raw]
-            else:
-                raw = np.asarray(mask)
-                if (
-                    self.integers is None
-                    or raw.ndim != 2
-                    or raw.dtype.kind not in "ub" + "i" * (mask.mode == "I")
-                ):
-                    expected = "RGB colours" if self.integers is None else "class indices"
-                    raise ValueError(f"it is of mode {mask.mode}, the data set's masks hold {expected}")
-                raw = raw.astype(np.uint8) if raw.dtype == bool else raw
-                inside = (
-                    raw if raw.dtype == np.uint8 else raw.clip(-1, 2**16 - 1)
-                )  # -1 and the last are illegal
-                labels = self.integers[inside]
+            coloured = mask.mode in ("RGB", "RGBA") or (mask.mode == "P" and self.integers is None)
+            raw = np.asarray(mask.convert("RGB") if coloured else mask)
+        if coloured and self.colours is None:
+            raise ValueError("it holds RGB colours, the data set's masks hold class indices")
+        if coloured:
+            raw = (raw >= 128) * np.uint8(255) if self.rounded else raw
+            labels = self.colours[raw[..., 0], raw[..., 1], raw[..., 2]]
+        elif self.integers is None or raw.ndim != 2 or raw.dtype.kind == "f":
+            expected = "RGB colours" if self.integers is None else "class indices"
+            raise ValueError(f"it is of mode {mask.mode}, the data set's masks hold {expected}")
+        else:  # what is negative or too large falls on the last entry, which is illegal
+            labels = self.integers.take(raw.astype(np.uint32), mode="clip")
         wrong = labels == ILLEGAL
         if wrong.any():
-            value = int(raw[wrong][0])
-            if raw.dtype == np.uint32 and self.colours is not None:
-                value = (value >> 16, value >> 8 & 255, value & 255)
-            raise ValueError(f"the value {value} in {int(wrong.sum())} pixels stands for no class")
+            value = raw[wrong][0].tolist()
+            raise ValueError(f"the value {value} in {wrong.sum()} pixels stands for no class")
         return labels
 
     def check(self, i):
-        """The largest class in a mask, -1 where there is none. Raises ValueError, OSError."""
+        """The largest class in a mask, 0 where there is none. Raises ValueError, OSError."""
         labels = self.labels(i)
         try:
-            with Image.open(
-                self.pairs[i][0]
-            ) as image:  # the header alone: to find a PNG's EXIF all of it is read
+            with Image.open(self.name(i)) as image:  # the header alone; a PNG's EXIF needs all of it
                 width, height = image.size
                 if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # lies on its side
                     width, height = height, width
@@ -317,8 +290,7 @@ class Labelled:
         if labels.shape != (height, width):
             rows, columns = labels.shape
             raise ValueError(f"it is {columns}x{rows} (width x height), its image {width}x{height}")
-        inside = labels[labels != IGNORED]
-        return int(inside.max()) if inside.size else -1
+        return int(labels.max(where=labels != IGNORED, initial=0))
 
     def read(self, i):
         image, labels = train.read_image(self.pairs[i][0]), self.labels(i)
@@ -327,18 +299,17 @@ class Labelled:
         return image, torch.from_numpy(labels)
 
 
-class DrawnScenes(train.Scenes):
-    """Drawn scenes by number with their labels."""
+class DrawnScenes(Labelled):
+    """Drawn scenes by number with their labels; in the place of pairs of files their seeds."""
 
-    numbers = None  # those that were selected
+    def __init__(self, seeds):
+        self.pairs = seeds
 
-    def select(self, numbers):
-        self.numbers, self.count = numbers, len(numbers)
-        return self
+    def name(self, i):
+        return f"scene {self.pairs[i]}"
 
     def read(self, i):
-        i = int(i if self.numbers is None else self.numbers[i])
-        image, labels = (torch.from_numpy(x.copy()) for x in train.draw_scene(self.first + i))
+        image, labels = (torch.from_numpy(x.copy()) for x in train.draw_scene(self.pairs[i]))
         return image.permute(2, 0, 1), labels
 
 
@@ -352,7 +323,7 @@ def check_masks(parts, processes):
         try:
             return part.check(i), None
         except Exception as error:  # a damaged file can make a decoder say anything
-            return -1, f"{part.pairs[i][1]}: {error}"
+            return 0, f"{part.pairs[i][1]}: {error}"
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(check, jobs))
@@ -361,7 +332,7 @@ def check_masks(parts, processes):
     if found:
         raise Problem(f"{found:.0f} masks are wrong; {'; '.join(wrong[:3]) or 'another process names them'}")
     counts = torch.zeros(2**8)
-    counts[max([0] + [label for label, _ in results])] = 1.0
+    counts[max((label for label, _ in results), default=0)] = 1.0
     return int(np.flatnonzero(processes.sum(counts))[-1])
 
 
@@ -372,10 +343,8 @@ def open_data(s, processes, splits, classes=None):
     """
     name, folder = s["name"], s["folder"]
     if name == "scenes":
-        parts = [
-            DrawnScenes(s["scenes"]) if split == "train" else DrawnScenes(VAL_SCENES, 10**6)
-            for split in splits
-        ]
+        seeds = {"train": range(s["scenes"]), "val": range(10**6, 10**6 + VAL_SCENES)}
+        parts = [DrawnScenes(seeds[split]) for split in splits]
         return parts, list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
     data = DATASETS[name]
     names = list(data.classes)
@@ -401,8 +370,7 @@ def choose_subset(count, fraction, seed):
 
 
 def scaled_size(height, width, short):
-    """(height, width) with `short` as the short side and the aspect kept; the long side at most 4 times
-    it."""
+    """(height, width) of the same aspect, the short side `short`, the long one at most 4 times it."""
     scale = min(short / min(height, width), 4 * short / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -440,8 +408,7 @@ def distort(image, rng):
 
 
 def augment(image, labels, crop, base_size, rng):
-    """Random scale, crop, flip, distortion, padding: image uint8 [3, H, W] and labels uint8
-    [H, W] -> uint8 [3, *crop] and uint8 [*crop]."""
+    """Random scale, crop, flip, distortion, padding: uint8 [3, H, W], [H, W] -> [3, *crop], [*crop]."""
     size = scaled_size(*labels.shape, base_size * rng.uniform(0.5, 2.0))
     labels = F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
     top, left, height, width = choose_crop(labels.numpy(), crop, rng)
@@ -449,13 +416,10 @@ def augment(image, labels, crop, base_size, rng):
     image, labels = (x[..., top : top + height, left : left + width] for x in (image, labels))
     if rng.random() < 0.5:
         image, labels = image.flip(-1), labels.flip(-1)
-    padded = torch.tensor([round(255 * m) for m in train.MEAN], dtype=torch.uint8)[:, None, None].repeat(
-        1, *crop
-    )
-    padded[:, :height, :width] = distort(image, rng)  # the mean colour is 0 after normalisation
-    ignored = torch.full(crop, IGNORED, dtype=torch.uint8)
-    ignored[:height, :width] = labels
-    return padded, ignored
+    mean = torch.tensor([round(255 * m) for m in train.MEAN], dtype=torch.uint8)  # 0 after normalisation
+    padded = mean[:, None, None].repeat(1, *crop)
+    padded[:, :height, :width] = distort(image, rng)
+    return padded, F.pad(labels, (0, crop[1] - width, 0, crop[0] - height), value=IGNORED)
 
 
 class Crops(Dataset):
@@ -638,8 +602,7 @@ def segment(model, image, s, classes):
 
 
 def confusion(truth, predicted, classes):
-    """Pixels by true class (rows) and predicted class (columns): labels [...] -> long [C, C], truth 255 left
-    out."""
+    """Pixels by true class (rows) and predicted class (columns), long [C, C]; truth 255 is left out."""
     counted = truth != IGNORED
     index = truth[counted].long() * classes + predicted[counted].long()
     return torch.bincount(index, minlength=classes**2).view(classes, classes)
@@ -716,12 +679,10 @@ def report(result, classes, processes, table=True):
     if table:
         width = max(map(len, classes))
         processes.say(f"{'class':<{width}}    IoU  accuracy  share of pixels")
-        for k, share in enumerate(result["pixels"] / max(result["pixels"].sum(), 1)):
-            figures = "".join(
-                f"{'-':>{n}}" if np.isnan(x) else f"{x:{n}.1%}"
-                for n, x in ((7, result["iou"][k]), (10, result["accuracy"][k]))
-            )
-            processes.say(f"{classes[k]:<{width}}{figures}{share:16.2%}")
+        shares = result["pixels"] / max(result["pixels"].sum(), 1)
+        for name, iou, accuracy, share in zip(classes, result["iou"], result["accuracy"], shares):
+            figures = f"{iou:7.1%}{accuracy:10.1%}".replace("nan%", "   -")
+            processes.say(f"{name:<{width}}{figures}{share:16.2%}")
     processes.say(f"{result['images']} images: {line}")
 
 
@@ -787,10 +748,8 @@ def draw_sheet(model, source, s, device, classes, palette, count=4, height=200):
         entries = legend(np.concatenate([truth.ravel(), predicted.ravel()]), classes, palette, height)
         rows.append(beside([train.photo(image).resize(size, Image.BICUBIC), *maps, entries]))
     model.train()
-    sheet, y = (
-        Image.new("RGB", (max(r.width for r in rows), sum(r.height + 4 for r in rows) + 18), "white"),
-        18,
-    )
+    whole, y = (max(r.width for r in rows), sum(r.height + 4 for r in rows) + 18), 18
+    sheet = Image.new("RGB", whole, "white")
     ImageDraw.Draw(sheet).text((4, 3), "photo | truth (black: ignored) | prediction", fill="black")
     for row in rows:
         sheet.paste(row, (0, y))
@@ -805,9 +764,7 @@ def predict(s, saved, processes):
     source, out, device = Path(s["predict"]), Path(s["out"]), processes.device
     files, root = [source], source.parent
     if source.is_dir():
-        files, root = sorted(p for p in source.rglob("*") if p.suffix.lower() in train.EXTENSIONS), source
-    if not files:
-        raise Problem(f"--predict {source}: no images below it")
+        files, root = [source / name for name in train.find_images(source, named="--predict")], source
     model, classes, palette = restore(s, saved, device)
     stems = Counter(path.relative_to(root).with_suffix("") for path in files)
     failed = 0
@@ -894,11 +851,10 @@ class Finetuning(train.Run):
         (self.images, self.val), self.classes, self.palette = open_data(s, processes, ("train", "val"))
         whole = len(self.images)
         if s["fraction"] != 1:
-            self.images.select(choose_subset(whole, s["fraction"], s["seed"]))
+            chosen = choose_subset(whole, s["fraction"], s["seed"])
+            self.images.pairs = [self.images.pairs[i] for i in chosen]
         self.epoch_images = len(self.images)
-        self.count = self.epoch_images * math.ceil(
-            s["batch"] / self.epoch_images
-        )  # few images go round in a batch
+        self.count = self.epoch_images * math.ceil(s["batch"] / self.epoch_images)  # few images go round
         counted = whole if s["schedule_in"] == "steps" else self.epoch_images
         self.steps = s["steps"] or max(1, round(s["epochs"] * counted / s["batch"]))
         self.s = s = {**s, "images": self.epoch_images, "classes": len(self.classes)}
@@ -924,8 +880,7 @@ class Finetuning(train.Run):
         return done * parts // self.steps > (done - 1) * parts // self.steps
 
     def evaluate(self, done):
-        """Validation figures on the screen, in the log and in results.json; the sheet; the best
-        checkpoint."""
+        """Validation figures on the screen, in the log and results.json; sheet; best checkpoint."""
         result = evaluate(self.model, self.val, self.s, self.processes, len(self.classes))
         report(result, self.classes, self.processes, table=done == self.steps)
         better = self.best is None or result["miou"] > self.best
@@ -936,9 +891,8 @@ class Finetuning(train.Run):
             write_results(path, result, self.classes, step=done, split="val", best=self.best)
             if better:
                 self.save(done, "best.pt")
-            sheet = draw_sheet(
-                self.model, self.val, self.s, self.processes.device, self.classes, self.palette
-            )
+            device = self.processes.device
+            sheet = draw_sheet(self.model, self.val, self.s, device, self.classes, self.palette)
             train.save_picture(self.out / "predictions.png", sheet)
             train.save_picture(self.out / "curves.png", train.draw_curves([self.out]))
 
@@ -951,19 +905,15 @@ class Finetuning(train.Run):
         """Say what the run made and what to do next."""
         say, s, out = self.processes.say, self.s, self.out
         say(f"best mIoU {self.best:.2%}")
-        say(
-            f"{out}: last.pt, best.pt, results.json, predictions.png, curves.png, metrics.jsonl, settings.json"
-        )
-        say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
+        files = "last.pt, best.pt, results.json, predictions.png, curves.png, metrics.jsonl, settings.json"
+        script = "python finetune_seg.py"
+        say(f"{out}: {files}")
+        say(f"on your images: {script} --predict IMAGES --checkpoint {out}/best.pt --out DIR")
         if s["name"] == "scenes" and s["init"] != "none":
-            sizes = "".join(
-                f" {train.flag(name)} {s[name]}" for name in SIZES if s[name] != SCENES_PRESET[name]
-            )
-            say(f"the same from scratch: python finetune_seg.py --init none --out {out}_scratch{sizes}")
+            sizes = "".join(f" {train.flag(k)} {s[k]}" for k in SIZES if s[k] != SCENES_PRESET[k])
+            say(f"the same from scratch: {script} --init none --out {out}_scratch{sizes}")
         elif s["name"] == "scenes":
-            say(
-                f"from pretrained weights: python train.py, then python finetune_seg.py --out {out}_pretrained"
-            )
+            say(f"from pretrained weights: python train.py, then {script} --out {out}_pretrained")
 
 
 def evaluate_only(s, saved, processes):
@@ -1093,9 +1043,7 @@ def read_settings(arguments, world):
     usual = sides(s | preset, "window" if looking else "crop")  # what the stride of the preset is for
     s.update({key: sides(s, key) for key in ("crop", "window", "stride")})
     if "stride" not in told:
-        s["stride"] = [
-            max(1, step * side // whole) for step, side, whole in zip(s["stride"], s["window"], usual)
-        ]
+        s["stride"] = [max(1, step * new // old) for step, new, old in zip(s["stride"], s["window"], usual)]
     s.update(name=name, folder=folder, world=world)
     check_settings(s)
     return s, content
@@ -1164,16 +1112,12 @@ def check_settings(s):
     for name in ("crop", "window"):
         nearest = [max(1, round(side / s["patch_size"])) * s["patch_size"] for side in s[name]]
         given, better = (" ".join(map(str, x)) for x in (s[name], nearest))
-        require(
-            all(side > 0 and side % s["patch_size"] == 0 for side in s[name]),
-            f"--{name} {given} is not a multiple of the patch, {s['patch_size']}: try --{name} {better}",
-        )
+        text = f"--{name} {given} is not a multiple of the patch, {s['patch_size']}: try --{name} {better}"
+        require(s[name] == nearest, text)
     for side, step in zip(s["window"], s["stride"]):
         require(0 < step <= side, f"--stride {step}: it is to be above 0 and not above the window, {side}")
     check_batch(s)
-    require(
-        s["classes"] is None or s["classes"] < ILLEGAL, f"--classes {s['classes']}: {ILLEGAL - 1} at most"
-    )
+    require((s["classes"] or 0) < ILLEGAL, f"--classes {s['classes']}: {ILLEGAL - 1} at most")
     require(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
     splits = DATASETS[s["name"]].splits if s["name"] in DATASETS else {"train": "", "val": ""}
     require(s["split"] in splits, f"--split {s['split']}: {s['name']} has {', '.join(splits)}")

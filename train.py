@@ -50,6 +50,12 @@ class Problem(Exception):
     """Something that the person at the keyboard can mend, in one line: what, where, what to do."""
 
 
+def require(good, text):
+    """Raise Problem with this text unless `good`."""
+    if not good:
+        raise Problem(text)
+
+
 # ---------------------------------------------------------------------------------------------- images
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -89,8 +95,7 @@ def find_images(folder, cache=None, named="--data"):
         print(f"{len(files)} image names from {cache} (delete it to list {folder} anew)")
         return files
     root, seen, names = os.fsencode(folder), set(), []
-    if not os.path.isdir(root):
-        raise Problem(f"{named} {folder}: there is no such folder")
+    require(os.path.isdir(root), f"{named} {folder}: there is no such folder")
     for parent, folders, entries in os.walk(root, followlinks=True):
         here = os.stat(parent)
         if (here.st_dev, here.st_ino) in seen:  # a link that leads back up
@@ -103,8 +108,7 @@ def find_images(folder, cache=None, named="--data"):
             for name in sorted(entries)
             if os.fsdecode(name).lower().endswith(EXTENSIONS)
         ]
-    if not names:
-        raise Problem(f"{named} {folder}: no images below it (looked for {', '.join(EXTENSIONS)})")
+    require(names, f"{named} {folder}: no images below it (looked for {', '.join(EXTENSIONS)})")
     files = Files(names)
     if cache:
         write_file(cache, lambda file: np.savez(file, text=files.text, ends=files.ends))
@@ -385,15 +389,11 @@ class Views(Dataset):
         flips[0] = False  # the reference is never mirrored
         sizes = [s["image_size"]] * 2 + [s["focal_size"]] * s["focal"]
         views = [crop(image, *view) for view in zip(boxes, sizes, flips)]
-        focal = (
-            torch.stack(views[2:])
-            if s["focal"]
-            else torch.zeros(0, 3, s["focal_size"], s["focal_size"], dtype=torch.uint8)
-        )
+        none = image.new_zeros(0, 3, s["focal_size"], s["focal_size"])
         return {
             "reference": views[0],
             "query": views[1],
-            "focal": focal,
+            "focal": torch.stack(views[2:]) if s["focal"] else none,
             "boxes": torch.tensor(boxes),
             "flips": torch.from_numpy(flips),
             "unreadable": wrong,
@@ -463,10 +463,10 @@ def worker_server():
     return context
 
 
-def make_loader(dataset, workers, device, **order):
-    """A DataLoader whose worker processes read `dataset` in an order: its batch_sampler, or sampler and
-    batch_size."""
-    return DataLoader(
+def read_batches(dataset, workers, device, **order):
+    """Yield what worker processes read from `dataset` in an order: its batch_sampler, or sampler and
+    batch_size. Raises Problem where one of them died."""
+    loader = DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -475,10 +475,6 @@ def make_loader(dataset, workers, device, **order):
         multiprocessing_context=worker_server() if workers else None,
         **order,
     )
-
-
-def read_on(loader):
-    """Yield the loader's batches. Raises Problem where one of its worker processes died."""
     batches = iter(loader)  # starts them
     workers = {worker.sentinel: worker.pid for worker in multiprocessing.active_children()}
     try:
@@ -494,12 +490,11 @@ def read_on(loader):
 
 
 def feed(dataset, workers, device, **order):
-    """Yield the batches of make_loader on `device`; on CUDA the next one is copied while the current step
-    runs."""
+    """Yield the batches on `device`; on CUDA the next one is copied while the current step runs."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     ready = None
-    for batch in read_on(make_loader(dataset, workers, device, **order)):
-        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+    for batch in read_batches(dataset, workers, device, **order):
+        with torch.cuda.stream(stream):  # None: does nothing
             moved = {
                 k: v.to(device, non_blocking=stream is not None) if torch.is_tensor(v) else v
                 for k, v in batch.items()
@@ -626,11 +621,8 @@ def to_views(batch, s, augment=True):
         chances = (1.0, 0.1, 0.5) if s["blur"] else (0.0, 0.0, 0.0)  # reference, random query, focal queries
         reference = colours(reference, blur_probability=chances[0])
         query = colours(query, solarize=0.2, blur_probability=chances[1])
-        focal = (
-            colours(focal.flatten(0, 1), blur_probability=chances[2]).view_as(focal)
-            if s["focal"]
-            else focal.float()
-        )
+        if s["focal"]:
+            focal = colours(focal.flatten(0, 1), blur_probability=chances[2]).view_as(focal)
     else:
         reference, query, focal = plain_colours(reference), plain_colours(query), plain_colours(focal)
     boxes, flips = batch["boxes"], batch["flips"]
@@ -680,11 +672,10 @@ class Processes:
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         self.main = self.rank == 0
         if device is None:
-            device = (
-                "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-            )
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         try:
-            self.device = torch.device(device if ":" in device or device != "cuda" else f"cuda:{self.local}")
+            self.device = torch.device(f"cuda:{self.local}" if device == "cuda" else device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise Problem(f"--device {device}: {first_line(error)}") from error
@@ -696,10 +687,9 @@ class Processes:
             device_id = self.device if backend == "nccl" else None
             store = next(dist.rendezvous("env://", self.rank, self.world))[0]
             # after a restart by torchrun the store still has the dead processes' addresses
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            where = {"store": store, "rank": self.rank, "world_size": self.world, "device_id": device_id}
+            self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            where = {"store": self.store, "rank": self.rank, "world_size": self.world, "device_id": device_id}
             dist.init_process_group(backend, timeout=timedelta(minutes=10), **where)
-            self.store = store
         self.stop = None  # the signal that asked this run to stop
 
     def say(self, *words):
@@ -924,10 +914,8 @@ class Window:
     def add(self, step, micro_losses, gradient_norm):
         """Add one step: the mean of its micro-batches' terms. The gradient norm, the last term, is the same on
         all ranks, and not finite on all where one rank's loss is not."""
-        means = [
-            sum(losses[name].detach() for losses in micro_losses) / len(micro_losses)
-            for name in self.names[:-1]
-        ]
+        micro = len(micro_losses)
+        means = [sum(losses[name].detach() for losses in micro_losses) / micro for name in self.names[:-1]]
         terms = torch.stack([value.float() for value in (*means, gradient_norm)])
         self.sums, self.count = self.sums + terms, self.count + 1
         first = (self.failed[0] < 0) & ~gradient_norm.isfinite()
@@ -1107,9 +1095,8 @@ class Pretraining(Run):
         super().__init__(s, processes)
         self.images, self.val_images = open_data(s, processes)
         self.s = s = {**s, "images": len(self.images)}
-        if len(self.images) < s["batch"]:
-            few = len(self.images)
-            raise Problem(f"{few} images are fewer than one batch: give --batch {few} or less")
+        count = len(self.images)
+        require(count >= s["batch"], f"{count} images are fewer than one batch: give --batch {count} or less")
         self.epoch_steps = len(self.images) // s["batch"]
         self.epoch_images = self.epoch_steps * s["batch"]
         self.steps = s["steps"] or s["epochs"] * self.epoch_steps
@@ -1229,10 +1216,8 @@ def evaluate(model, teacher, images, s, processes):
     parts = [model] if teacher is None else [model, teacher.eval()]
     each = math.ceil(len(images) / 32 / processes.world)  # batches of every process, of at most 32 images
     size = len(images) // (each * processes.world)
-    keys = [
-        [(2**31, i * size + k) for k in range(size)]
-        for i in range(processes.rank * each, (processes.rank + 1) * each)
-    ]
+    first = processes.rank * each
+    keys = [[(2**31, i * size + k) for k in range(size)] for i in range(first, first + each)]
     batches = feed(Views(images, s), min(s["workers"], 2), processes.device, batch_sampler=keys)
     names = ["position_accuracy", "position_loss", "prototype_perplexity", "target_entropy"]
     sums, tokens = torch.zeros(len(names), device=processes.device), []
@@ -1292,15 +1277,9 @@ def _paint(view, side, positions, palette, correct=None):
     pen, step = ImageDraw.Draw(picture), side / grid
     for i, position in enumerate(positions):
         if position >= 0:
-            row, column = divmod(i, grid)
             inset = 0 if correct is None or correct[i] else 0.32 * step
-            corners = [
-                column * step + inset,
-                row * step + inset,
-                (column + 1) * step - inset - 1,
-                (row + 1) * step - inset - 1,
-            ]
-            pen.rectangle(corners, fill=tuple(palette[position].tolist()))
+            x, y, size = i % grid * step + inset, i // grid * step + inset, step - 2 * inset - 1
+            pen.rectangle((x, y, x + size, y + size), fill=tuple(palette[position].tolist()))
     return picture
 
 
@@ -1329,6 +1308,7 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
 
     side, gap, n = 112, 4, (s["focal_size"] // s["patch_size"]) ** 2
     palette, blocks = position_colours(s["image_size"] // s["patch_size"]), 1 + focal
+    ends = model.positions + n * np.arange(s["focal"])  # of the queries' patches, the last one's left out
     width, height = 2 * side + gap + blocks * (3 * side + 4 * gap), 24 + len(predicted) * (side + gap)
     sheet = Image.new("RGB", (width, height), "white")
     ImageDraw.Draw(sheet).text(
@@ -1341,16 +1321,13 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
         coloured = _paint(reference, side, np.arange(model.positions), palette)
         sheet.paste(Image.blend(_tile(reference, side), coloured, 0.6), (side, y))
         views = [photo(batch["query"][i]), *(photo(batch["focal"][i, k]) for k in range(focal))]
-        starts = [0, *(model.positions + k * n for k in range(focal))]
-        for k, (view, start) in enumerate(zip(views, starts)):
-            part = slice(start, start + (model.positions if k == 0 else n))
-            true, said = targets[i, part], predicted[i, part]
+        parts = zip(views, np.split(targets[i], ends), np.split(predicted[i], ends))
+        for k, (view, true, said) in enumerate(parts):
+            said = np.where(true < 0, -1, said)
             x = 2 * side + 4 * gap + k * (3 * side + 4 * gap)
             sheet.paste(_tile(view, side), (x, y))
             sheet.paste(_paint(view, side, true, palette), (x + side, y))
-            sheet.paste(
-                _paint(view, side, np.where(true < 0, -1, said), palette, said == true), (x + 2 * side, y)
-            )
+            sheet.paste(_paint(view, side, said, palette, said == true), (x + 2 * side, y))
     return sheet
 
 
@@ -1361,11 +1338,9 @@ def draw_curves(folders):
     runs = []
     for folder in folders:
         path = Path(folder) / "metrics.jsonl"
-        if not path.exists():
-            raise Problem(f"--curves {folder}: there is no metrics.jsonl in it")
-        settings = json.loads((Path(folder) / "settings.json").read_text())
-        runs.append((str(folder), settings, [json.loads(line) for line in path.read_text().splitlines()]))
-    s = runs[0][1]
+        require(path.exists(), f"--curves {folder}: there is no metrics.jsonl in it")
+        runs.append((str(folder), [json.loads(line) for line in path.read_text().splitlines()]))
+    s = json.loads(Path(folders[0], "settings.json").read_text())
     if "prototypes" in s:
         positions = (s["image_size"] // s["patch_size"]) ** 2
         panels = [
@@ -1384,22 +1359,22 @@ def draw_curves(folders):
     width, height, margin = 380, 220, 46
     sheet = Image.new("RGB", (2 * width, 2 * height + 16 * len(runs)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (name, *_) in enumerate(runs):
+    for i, (name, _) in enumerate(runs):
         pen.text((margin, 2 * height + 16 * i), name, fill=inks[i % len(inks)])
     for k, (title, line, dots, chance) in enumerate(panels):
         left, top = k % 2 * width + margin, k // 2 * height + 22
         right, bottom = left + width - margin - 12, top + height - 48
-        values = [r[name] for *_, records in runs for r in records for name in (line, dots) if name in r]
+        values = [r[name] for _, records in runs for r in records for name in (line, dots) if name in r]
         values += [chance] if chance is not None else []
         low, high = min(values, default=0), max(values, default=1)
-        last = max((r["epoch"] for *_, records in runs for r in records), default=1)
+        last = max((r["epoch"] for _, records in runs for r in records), default=1)
         pen.rectangle((left, top, right, bottom), outline=(200, 200, 200))
         pen.text((left, top - 14), title, fill="black")
         for value, y in ((high, top), (low, bottom - 10)):
             pen.text((left - 42, y), f"{value:.3g}", fill=(90, 90, 90))
         pen.text((right - 60, bottom + 3), f"epoch {last:.0f}", fill=(90, 90, 90))
 
-        def at(epoch, value, left=left, right=right, top=top, bottom=bottom, low=low, high=high, last=last):
+        def at(epoch, value):
             share = (value - low) / max(high - low, 1e-12)
             return left + (right - left) * epoch / last, bottom - (bottom - top) * share
 
@@ -1407,7 +1382,7 @@ def draw_curves(folders):
             y = at(0, chance)[1]
             for x in range(left, right, 10):
                 pen.line((x, y, x + 5, y), fill=(150, 150, 150))
-        for i, (*_, records) in enumerate(runs):
+        for i, (_, records) in enumerate(runs):
             ink = inks[i % len(inks)]
             pen.line([at(r["epoch"], r[line]) for r in records if line in r], fill=ink)
             for x, y in (at(r["epoch"], r[dots]) for r in records if dots in r):
@@ -1416,64 +1391,52 @@ def draw_curves(folders):
 
 
 @torch.no_grad()
-def feature_colours(encoders, image, side, device):
-    """The three main components of each encoder's patch features of one uint8 image [3, H, W], as colours."""
-    pictures = []
-    for encoder in encoders:
-        patch = encoder.patch_size
-        scale = 16 * patch / min(image.shape[1:])
-        size = [max(1, round(n * scale / patch)) * patch for n in image.shape[1:]]
-        view = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True).to(device)
-        tokens = encoder.eval()(plain_colours(view))[0].float().cpu()
-        tokens = tokens - tokens.mean(0)
-        parts = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T  # n,3
-        parts = parts * parts.pow(3).sum(0).sign()  # a component's sign means nothing: fix it
-        low, high = parts.quantile(0.02, 0), parts.quantile(0.98, 0)
-        parts = ((parts - low) / (high - low)).clamp(0, 1).mul(255).byte()
-        grid = parts.view(size[0] // patch, size[1] // patch, 3).numpy()
-        pictures.append(
-            Image.fromarray(grid).resize((side * grid.shape[1] // grid.shape[0], side), Image.NEAREST)
-        )
-    return pictures
+def feature_colours(encoder, image, side, device):
+    """The three main components of an encoder's patch features of one uint8 image [3, H, W], as colours."""
+    rows, columns = (round(16 * n / min(image.shape[1:])) for n in image.shape[1:])
+    size = (rows * encoder.patch_size, columns * encoder.patch_size)
+    view = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True).to(device)
+    tokens = encoder.eval()(plain_colours(view))[0].float().cpu()
+    tokens = tokens - tokens.mean(0)
+    parts = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T  # n,3
+    parts = parts * parts.pow(3).sum(0).sign()  # a component's sign means nothing: fix it
+    low, high = parts.quantile(0.02, 0), parts.quantile(0.98, 0)
+    parts = ((parts - low) / (high - low)).clamp(0, 1).mul(255).byte()
+    grid = Image.fromarray(parts.view(rows, columns, 3).numpy())
+    return grid.resize((side * columns // rows, side), Image.NEAREST)
 
 
 def show(checkpoint, names, processes):
     """Predicted positions of any images' patches, and their features in false colours (the checkpoint's
     encoder beside one of random weights), as one picture in --out."""
-    if not Path(checkpoint).is_file():
-        raise Problem(f"--show {checkpoint}: there is no such checkpoint")
+    require(Path(checkpoint).is_file(), f"--show {checkpoint}: there is no such checkpoint")
     saved = load_file(checkpoint)
     trained = {**saved["settings"], "grad_checkpoint": False}
     set_seed(trained["seed"])
-    model = build(trained)
-    scratch = copy.deepcopy(model.encoder).to(processes.device)
+    model = build(trained).to(processes.device)
+    scratch = copy.deepcopy(model.encoder)
     model.load_state_dict(saved["model"])
-    model.to(processes.device)
     teacher = loca.make_teacher(model) if "teacher" in saved else None
     if teacher is not None:
         teacher.load_state_dict(saved["teacher"])
-    images = Folder("", Files([os.fsencode(name) for name in names])) if names else Scenes(6, first=10**6)
+    images = Folder("", names) if names else Scenes(6, first=10**6)
     try:
         pixels = [images.image(i) for i in range(len(images))]
     except (OSError, ValueError, RuntimeError) as error:
         raise Problem(f"--show: cannot read an image: {error}") from error
     sheet = draw_predictions(model, teacher, images, trained, processes.device, count=len(images))
-    rows = [
-        feature_colours([scratch, (teacher or model).encoder], image, 112, processes.device)
-        for image in pixels
-    ]
-    for image, row in zip(pixels, rows):
-        row.insert(0, photo(image).resize(row[0].size, Image.BICUBIC))
-    widths = [sum(picture.width + 4 for picture in row) for row in rows]
+    encoders, rows = (scratch, (teacher or model).encoder), []
+    for image in pixels:
+        features = [feature_colours(encoder, image, 112, processes.device) for encoder in encoders]
+        rows.append([photo(image).resize(features[0].size, Image.BICUBIC), *features])
+    widths = [3 * (row[0].width + 4) for row in rows]
     whole = Image.new("RGB", (max(sheet.width, *widths), sheet.height + 20 + 116 * len(rows)), "white")
     whole.paste(sheet)
     text = "photograph | features in false colours: random weights | this checkpoint"
     ImageDraw.Draw(whole).text((4, sheet.height + 4), text, fill="black")
     for i, row in enumerate(rows):
-        x = 0
-        for picture in row:
-            whole.paste(picture, (x, sheet.height + 20 + 116 * i))
-            x += picture.width + 4
+        for k, picture in enumerate(row):
+            whole.paste(picture, (k * (picture.width + 4), sheet.height + 20 + 116 * i))
     return whole
 
 
@@ -1551,15 +1514,14 @@ def bench(s, processes):
         processes.world == 1, "--bench measures one device: run it without torchrun, --batch being its share"
     )
     device, (images, _) = processes.device, open_data({**s, "val_images": 0}, processes)
-    count = s["batch"] // s["accumulate"] // processes.world
+    count = s["batch"] // s["accumulate"]
     cropping, colouring, batch = bench_input(s, images, count)
     seconds, parts, operations, memory = bench_step(s, batch, device)
-    a = torch.randn(
-        2048, 2048, device=device, dtype=torch.bfloat16 if s["precision"] == "bf16" else torch.float32
-    )
+    a = torch.randn(2048, 2048, device=device)
+    a = a.bfloat16() if s["precision"] == "bf16" else a
     rate = 2 * 2048**3 / clock(lambda: a @ a, device, 1.0, 5)  # of this machine, operations a second
     speed, feeding = count / seconds, s["workers"] / (cropping + colouring * (device.type == "cpu"))
-    limit = "step" if feeding > speed else "data"
+    limit, needed = "step" if feeding > speed else "data", math.ceil(speed * cropping)
     rows = [
         ("decode and crops, one core", f"{1 / cropping:.0f} images/s"),
         ("colours, one core", f"{1 / colouring:.0f} images/s"),
@@ -1570,10 +1532,7 @@ def bench(s, processes):
         ("rate of this machine, product of 2048 x 2048", f"{rate / 1e9:.0f} GFLOP/s"),
         ("share of that rate in the step (MFU)", f"{operations / seconds / rate:.0%}"),
         ("peak memory", f"{memory:.2f} GiB"),
-        (
-            "workers that feed one device",
-            f"{math.ceil(speed * cropping)} (of {s['workers']}: the {limit} limits)",
-        ),
+        ("workers that feed one device", f"{needed} (of {s['workers']}: the {limit} limits)"),
     ]
     for name, value in rows:
         processes.say(f"{name:<48} {value}")
@@ -1675,12 +1634,6 @@ def make_parser():
 def flag(name):
     """The command-line flag of a setting."""
     return f"--{name.replace('_', '-')}"
-
-
-def require(good, text):
-    """Raise Problem with this text unless `good`."""
-    if not good:
-        raise Problem(text)
 
 
 def check_numbers(s, above, from_0):

@@ -748,7 +748,8 @@ def draw_sheet(model, source, s, device, classes, palette, count=4, height=200):
         entries = legend(np.concatenate([truth.ravel(), predicted.ravel()]), classes, palette, height)
         rows.append(beside([train.photo(image).resize(size, Image.BICUBIC), *maps, entries]))
     model.train()
-    whole, y = (max(r.width for r in rows), sum(r.height + 4 for r in rows) + 18), 18
+    y = 18
+    whole = (max(r.width for r in rows), sum(r.height + 4 for r in rows) + y)
     sheet = Image.new("RGB", whole, "white")
     ImageDraw.Draw(sheet).text((4, 3), "photo | truth (black: ignored) | prediction", fill="black")
     for row in rows:
@@ -1012,8 +1013,9 @@ def read_settings(arguments, world):
     weights, or None. Raises Problem for what cannot work, before any data is read."""
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
-    parser.set_defaults(**dict.fromkeys(defaults))  # None: what is left is what the command line says
-    told = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    not_told = argparse.Namespace(**dict.fromkeys(defaults))  # None everywhere: what differs was told
+    told = vars(parser.parse_args(arguments, not_told))
+    told = {key: value for key, value in told.items() if value is not None}
     s = {**defaults, **told}
     looking = s["eval_only"] or s["predict"]
     if looking:

@@ -1346,6 +1346,22 @@ def test_nan_stops_all_processes_at_its_step(tmp_path, processes):
     assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["model"].values())
 
 
+def test_one_process_lists_a_folder_for_all(photos, tmp_path):
+    flags = ["--data", photos, "--val", photos, "--cache-list", tmp_path / "list.npz", "--steps", "1"]
+    result = run_train(tmp_path / "run", *flags, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("image names from") == 1  # the other process waited and read the list
+
+
+@pytest.mark.parametrize("script", [train, finetune_seg])
+def test_help_shows_defaults(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "minutes between checkpoints (10.0)" in said and "of everything random (0)" in said
+    assert "(None)" not in said and "(False)" not in said
+
+
 def test_a_process_that_dies_takes_the_others_down_and_torchrun_starts_them_again(tmp_path):
     fault = "if step == 3 and rank == 1 and restarts == 0: os._exit(7)"
     result = run_with_fault(tmp_path, fault, 2, "--max_restarts", "1")

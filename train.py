@@ -1429,7 +1429,7 @@ def show(checkpoint, names, processes):
     for image in pixels:
         features = [feature_colours(encoder, image, 112, processes.device) for encoder in encoders]
         rows.append([photo(image).resize(features[0].size, Image.BICUBIC), *features])
-    widths = [3 * (row[0].width + 4) for row in rows]
+    widths = [len(row) * (row[0].width + 4) for row in rows]
     whole = Image.new("RGB", (max(sheet.width, *widths), sheet.height + 20 + 116 * len(rows)), "white")
     whole.paste(sheet)
     text = "photograph | features in false colours: random weights | this checkpoint"
@@ -1521,7 +1521,8 @@ def bench(s, processes):
     a = a.bfloat16() if s["precision"] == "bf16" else a
     rate = 2 * 2048**3 / clock(lambda: a @ a, device, 1.0, 5)  # of this machine, operations a second
     speed, feeding = count / seconds, s["workers"] / (cropping + colouring * (device.type == "cpu"))
-    limit, needed = "step" if feeding > speed else "data", math.ceil(speed * cropping)
+    limit = "step" if feeding > speed else "data"
+    needed = math.ceil(speed * cropping)
     rows = [
         ("decode and crops, one core", f"{1 / cropping:.0f} images/s"),
         ("colours, one core", f"{1 / colouring:.0f} images/s"),
@@ -1557,7 +1558,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Help with the default behind each text that does not tell it."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False, argparse.SUPPRESS)
+        told = any(action.default is x for x in (None, False, argparse.SUPPRESS))  # not 0, which equals False
         return action.help if told else f"{action.help} (%(default)s)"
 
 

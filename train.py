@@ -582,7 +582,7 @@ def colours(views, solarize=0.0, blur_probability=0.0, out=None):
     """
     device, shape = views.device, views.shape
     out = torch.empty(shape, device=device) if out is None else out
-    fitting = max(1, 2**18 // (shape[-1] * shape[-2]))
+    fitting = max(1, 2**16 // (shape[-1] * shape[-2]))
     if device.type == "cpu" and len(views) > fitting:
         for part, place in zip(views.split(fitting), out.split(fitting)):
             colours(part, solarize, blur_probability, place)
@@ -600,8 +600,8 @@ def colours(views, solarize=0.0, blur_probability=0.0, out=None):
     if blur_probability:
         x = blur(x.view(shape), blur_probability).flatten(2)
     if solarize:
-        turned = (x >= 0.5) & (torch.rand(len(x), 1, 1, device=device) < solarize)
-        x = torch.where(turned, 1 - x, x)
+        top = 2 - (torch.rand(len(x), 1, 1, device=device) < solarize).float()  # V,1,1: 1 where solarised
+        x = torch.minimum(x, top - x)  # 1 - x from 0.5 on; the others, which 2 - x is never below, stay
     mean, std = (constant(values, device)[:, None] for values in (MEAN, STD))
     torch.baddbmm((-mean / std).expand(len(x), 3, 1), mix / std, x, out=out.flatten(2))
     return out

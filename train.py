@@ -582,7 +582,7 @@ def colours(views, solarize=0.0, blur_probability=0.0, out=None):
     """
     device, shape = views.device, views.shape
     out = torch.empty(shape, device=device) if out is None else out
-    fitting = max(1, 2**16 // (shape[-1] * shape[-2]))
+    fitting = max(1, 2**17 // (shape[-1] * shape[-2]))
     if device.type == "cpu" and len(views) > fitting:
         for part, place in zip(views.split(fitting), out.split(fitting)):
             colours(part, solarize, blur_probability, place)

@@ -849,6 +849,9 @@ def test_views_show_what_their_boxes_say(photos):
             assert (
                 0 <= top and top + height <= image.shape[1] and 0 <= left and left + width <= image.shape[2]
             )
+            low, high = (0.05, 0.32) if view.shape[-1] == 16 else (0.32, 1)
+            if min(image.shape[1:]) >= 40:  # a box is of whole pixels
+                assert low - 0.02 < height * width / image[0].numel() < high + 0.02
             size = list(view.shape[-2:])
             expected = v2.functional.resized_crop(
                 image, *box, size, v2.InterpolationMode.BILINEAR, antialias=True
@@ -977,6 +980,22 @@ def test_blur_is_gaussian():
     assert torch.equal(train.blur(x, 0.0), x)
 
 
+def test_solarisation_and_blur_are_of_the_views_that_they_belong_to(monkeypatch):
+    """Only the random query is solarised; blur, where asked for, is always the reference's (released code,
+    paper)."""
+    given = []
+
+    def colours(views, solarize=0.0, blur_probability=0.0):
+        given.append((solarize, blur_probability))
+        return views.float()
+
+    monkeypatch.setattr(train, "colours", colours)
+    batch = torch.utils.data.default_collate([train.Views(train.Scenes(1), view_settings())[0, 0]])
+    for blur in (False, True):
+        train.to_views(batch, view_settings(blur=blur))
+    assert given == [(0, 0), (0.2, 0), (0, 0), (0, 1), (0.2, 0.1), (0, 0.5)]
+
+
 def test_targets_follow_the_pixels():
     """Views of an image that says where each pixel is: matched patches show the same place."""
     image = torch.from_numpy(gradient(60, 60)).permute(2, 0, 1)
@@ -1036,7 +1055,7 @@ def test_schedules_and_groups():
 
 SMALL = """
     --scenes 12 --val-images 4 --batch 4 --epochs 2 --image-size 32 --focal-size 16 --focal 2
-    --patch-size 8 --dim 16 --depth 1 --heads 2 --mlp-dim 16 --prototypes 8 --head-hidden 8 --bottleneck 4
+    --patch-size 8 --dim 16 --depth 2 --heads 2 --mlp-dim 16 --prototypes 8 --head-hidden 8 --bottleneck 4
     --precision float32 --device cpu --workers 0 --log-every 2
 """.split()
 TIMES = ("images_per_second", "waiting", "memory_gib")
@@ -1264,6 +1283,36 @@ def test_accumulation_and_options_run(tmp_path, photos):
         out = tmp_path / "".join(flags).replace("/", "")
         assert train.main([*SMALL, "--out", str(out), *flags]) == 0
         assert ("teacher" in torch.load(out / "last.pt", weights_only=True)) == (flags[0] == "--steps")
+
+
+def test_held_out_images_are_no_training_images(photos, tmp_path):
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(30):
+        (many / f"{i:02}.png").symlink_to(photos / "plain.png")
+    s = train.read_settings([*SMALL, "--data", str(many), "--val-images", "9"], 1)
+    trained, held_out = train.open_data(s, train.Processes("cpu"))
+    names = [{images.name(i) for i in range(len(images))} for images in (trained, held_out)]
+    assert [len(x) for x in names] == [27, 3] and len(names[0] | names[1]) == 30  # a tenth at most
+    s = {**s, "val": str(many)}
+    assert [len(images) for images in train.open_data(s, train.Processes("cpu"))] == [30, 9]
+
+
+def test_processes_share_the_held_out_images(monkeypatch):
+    """Two processes evaluate each held-out image once."""
+    s = {**train.read_settings([*SMALL, "--val-images", "70"], 2), "precision": "float32", "workers": 0}
+    model, numbers, feed = train.build(s), [], train.feed
+
+    def record(*given, batch_sampler):
+        numbers.extend(number for keys in batch_sampler for _, number in keys)
+        return feed(*given, batch_sampler=batch_sampler)
+
+    monkeypatch.setattr(train, "feed", record)
+    for rank in (0, 1):
+        place = SimpleNamespace(rank=rank, world=2, device=torch.device("cpu"), sum=torch.Tensor.tolist)
+        train.evaluate(model, loca.make_teacher(model), train.Scenes(70), s, place)
+    assert sorted(numbers) == [*range(68)]  # whole batches: 2 processes x 2 batches x 17
+    assert model.training
 
 
 def test_held_out_figures_every_so_many_epochs(whole_run, tmp_path):

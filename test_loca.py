@@ -1308,11 +1308,74 @@ def test_processes_share_the_held_out_images(monkeypatch):
         return feed(*given, batch_sampler=batch_sampler)
 
     monkeypatch.setattr(train, "feed", record)
-    for rank in (0, 1):
-        place = SimpleNamespace(rank=rank, world=2, device=torch.device("cpu"), sum=torch.Tensor.tolist)
-        train.evaluate(model, loca.make_teacher(model), train.Scenes(70), s, place)
+    teacher, images = loca.make_teacher(model), train.Scenes(70)
+    place = SimpleNamespace(world=2, device=torch.device("cpu"), sum=torch.Tensor.tolist)
+    for place.rank in (0, 1):
+        figures = train.evaluate(model, teacher, images, s, place)
     assert sorted(numbers) == [*range(68)]  # whole batches: 2 processes x 2 batches x 17
+    torch.manual_seed(99)
+    assert train.evaluate(model, teacher, images, s, place) == figures  # the masks too are of the run's seed
     assert model.training
+
+
+def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, monkeypatch):
+    """The window of the next log line begins after it."""
+    evaluate, read, ends, begins = train.evaluate, train.Window.read, [], []
+    monkeypatch.setattr(
+        train, "evaluate", lambda *given: (evaluate(*given), ends.append(time.perf_counter()))[0]
+    )
+    monkeypatch.setattr(train.Window, "read", lambda *given: (begins.append(given[0].begin), read(*given))[1])
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert (
+        len(begins) == 4 and begins[1] < ends[0] < begins[2]
+    )  # read at steps 2, 3, 4 and 6, evaluated at 3 and 6
+
+
+def test_schedules_reach_the_steps(tmp_path, monkeypatch):
+    momenta = []
+    monkeypatch.setattr(loca, "update_teacher", lambda teacher, model, momentum: momenta.append(momentum))
+    assert (
+        train.main([*SMALL, "--log-every", "1", "--lr", "0.01", "--momentum", "0.9", "--out", str(tmp_path)])
+        == 0
+    )
+    assert momenta == [train.teacher_momentum(step, 6, 0.9) for step in range(6)]
+    rates = [r["lr"] for r in metrics(tmp_path) if "loss" in r]  # batch 4; warm-up is half the run at most
+    assert rates == [train.learning_rate(step, 6, 3, 0.01 * 4 / 1024) for step in range(6)]
+
+
+def test_settings_reach_the_model():
+    s = train.read_settings([*SMALL, "--grad-checkpoint", "--position-std", "3", "--drop-path", "0.4"], 1)
+    model = train.build(s)
+    assert model.encoder.grad_checkpoint and 2 < model.encoder.pos_embed.std() < 4
+    assert [block.drop_path for block in model.encoder.blocks] == [0, 0.4]
+
+
+def test_a_run_that_does_not_learn_is_warned_of_once(monkeypatch):
+    """A loss at chance after a quarter of the steps, few prototypes in use, features that are all alike."""
+    run, said = train.Pretraining.__new__(train.Pretraining), []
+    run.s = {**train.read_settings(SMALL, 1), "prototypes": 100}
+    run.processes = SimpleNamespace(say=said.append, main=False, world=1)
+    run.steps, run.epoch_steps, run.epoch_images, run.warned, run.log = 1200, 3, 12, set(), None
+    run.model, run.teacher, run.val_images = train.build(run.s), True, train.Scenes(4)
+    run.chances = {"position_loss": math.log(16), "cross_entropy": math.log(100)}
+    fine = {"position_loss": 1.0, "cross_entropy": 2.0, "prototype_perplexity": 50.0}
+    chance = {**fine, "position_loss": math.log(16)}
+    monkeypatch.setattr(train.Run, "report", lambda *given: None)
+    run.report(400, fine)
+    run.report(300, chance)  # too early to tell
+    assert not said
+    run.report(400, chance)
+    run.report(500, chance)
+    assert len(said) == 1 and "position_loss is still at chance" in said[0]
+    run.report(500, {**fine, "prototype_perplexity": 1.5})
+    assert len(said) == 2 and "use 2 of 100 prototypes" in said[1]
+    figures = {"val_position_accuracy": 0.5, "val_position_loss": 1.0, "val_prototype_perplexity": 50.0}
+    figures |= {"val_target_entropy": 1.0, "effective_rank": 9.0}
+    run.warned.clear()
+    for spread in (0.9, 0.01):
+        monkeypatch.setattr(train, "evaluate", lambda *given: {**figures, "feature_std": spread})
+        run.evaluate(3)
+        assert any("nearly the same everywhere" in text for text in said) == (spread == 0.01)
 
 
 def test_held_out_figures_every_so_many_epochs(whole_run, tmp_path):
@@ -1594,6 +1657,14 @@ def test_the_command_line_names_every_flag_once():
         f"--{name.replace('_', '-')}" in text for name in settings if name not in ("world", "mean", "std")
     )
     assert train.read_settings(["--data", "x"], 1)["batch"] == 1024  # the released recipe
+
+
+def test_colours_of_features_do_not_depend_on_the_sign_of_a_component(monkeypatch):
+    encoder, image, svd = tiny().encoder, torch.from_numpy(gradient()).permute(2, 0, 1), torch.linalg.svd
+    picture = np.asarray(train.feature_colours(encoder, image, 64, torch.device("cpu")))
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: SimpleNamespace(Vh=-svd(*a, **k).Vh))
+    assert (np.asarray(train.feature_colours(encoder, image, 64, torch.device("cpu"))) == picture).all()
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
 def test_show_and_curves(whole_run, photos, tmp_path, capsys):

@@ -307,6 +307,7 @@ def plain_step(model, teacher, views, visible, keep):
         "position_loss": position,
         "feature_loss": feature,
         "position_accuracy": correct / count,
+        "target_entropy": -(targets * targets.log()).sum(-1).mean(),
     }
 
 
@@ -321,9 +322,8 @@ def test_step_equals_the_plain_one():
         model.zero_grad()
         losses["loss"].backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        results.append(
-            {k: losses[k].detach() for k in ("loss", "position_loss", "feature_loss", "position_accuracy")}
-        )
+        names = ("loss", "position_loss", "feature_loss", "position_accuracy", "target_entropy")
+        results.append({k: losses[k].detach() for k in names})
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
@@ -532,7 +532,7 @@ def test_losses_stay_finite(scale, matched):
         assert float(position) == 0 and float(accuracy) == 0
 
 
-def test_position_loss_only_and_single_image():
+def test_position_loss_only_and_single_image(monkeypatch):
     views = tiny_views()
     model = tiny(prototypes=0)
     model(views)["loss"].backward()
@@ -547,12 +547,17 @@ def test_position_loss_only_and_single_image():
     single = tiny(prototypes=0, single_image=True, masking_ratio=0.5, drop_path=0.0)
     losses = single(views, visible=torch.tensor([0, 3, 9]))
     losses["loss"].backward()
-    assert single.encoder.pos_embed.grad is None
+    assert not single.encoder.pos_embed.requires_grad  # unused: DDP would wait for its gradient
     # shuffling an image's patches shuffles its tokens: without positions only the content can tell
     tokens = single.encoder(views["reference"], position=False, attend=torch.arange(16))
     logits = single.predictor(tokens, tokens)
     loss, _ = loca.position_loss(logits, torch.arange(16).expand(2, 16))
     torch.testing.assert_close(loss, single(views, visible=torch.arange(16))["position_loss"])
+    kinds, choose = [], loca.choose_tokens
+    monkeypatch.setattr(loca, "choose_tokens", lambda *given: (kinds.append(given[2]), choose(*given))[1])
+    single(views)  # its mask is always random
+    model(views)
+    assert kinds == ["unstructured", "consecutive", "unstructured"]
 
 
 def test_loss_weights():
@@ -1412,6 +1417,27 @@ def test_gradients_of_accumulated_micro_batches():
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, whole)
 
 
+def test_micro_batches_that_are_alike_have_the_gradient_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "to_views", lambda batch, s: tiny_views())
+    monkeypatch.setattr(loca, "choose_tokens", lambda total, count, kind, device: torch.arange(count))
+    for n in (1, 2):
+        flags = f"--steps 1 --val-images 0 --log-every 1 --feature-weight 0 --drop-path 0 --accumulate {n}".split()
+        assert train.main([*SMALL, *flags, "--out", str(tmp_path / str(n))]) == 0
+    one, two = (metrics(tmp_path / str(n))[0] for n in (1, 2))
+    assert one["gradient_norm"] == pytest.approx(two["gradient_norm"]) and one["loss"] == pytest.approx(
+        two["loss"]
+    )
+
+
+def test_the_first_bad_step_is_named():
+    names = ("loss", "gradient_norm")
+    window = train.Window(names, SimpleNamespace(world=1, rank=0, device=torch.device("cpu")), 10)
+    for step, norm in enumerate((1.0, math.inf, math.nan, 2.0)):
+        window.add(step, [{"loss": torch.tensor(float(step))}], torch.tensor(norm))
+    with pytest.raises(train.Problem, match="step 1: .* loss 1, gradient_norm inf"):
+        window.check()
+
+
 def test_grad_checkpoint_changes_no_gradient():
     views, gradients = tiny_views(), []
     for checkpointed in (False, True):
@@ -1633,7 +1659,9 @@ def test_workers_are_shared_out_also_where_the_own_cores_are_not_known(monkeypat
 
 
 def test_bench(photos, capsys):
+    threads = torch.get_num_threads()
     assert train.main([*SMALL, "--bench", "--data", str(photos)]) == 0
+    assert torch.get_num_threads() == threads
     said = capsys.readouterr().out
     for words in ("decode and crops", "colours", "step, batch 4", "MFU", "peak memory", "limits"):
         assert words in said

@@ -1800,6 +1800,28 @@ def test_sliding_window_averages_pixel_by_pixel(height, width):
         torch.testing.assert_close(got, expected)
 
 
+def test_multi_scale_is_the_mean_over_six_scales_and_flips(monkeypatch):
+    image, sizes, slide = torch.from_numpy(gradient()).permute(2, 0, 1), [], finetune_seg.sliding_window
+    monkeypatch.setattr(
+        finetune_seg, "sliding_window", lambda *a: (sizes.append(a[1].shape[1:]), slide(*a))[1]
+    )
+    s = {
+        "multi_scale": True,
+        "base_size": 16,
+        "precision": "float32",
+        "window": [8, 8],
+        "stride": [8, 8],
+        "window_batch": 9,
+    }
+    straight, mirrored = (finetune_seg.class_probabilities(Place(), x, s) for x in (image, image.flip(-1)))
+    torch.testing.assert_close(straight, mirrored.flip(-1))
+    torch.testing.assert_close(straight.sum(0), torch.ones(40, 60))
+    expected = [
+        finetune_seg.scaled_size(40, 60, 16 * x) for x in (0.5, 0.75, 1, 1.25, 1.5, 1.75) for _ in "ab"
+    ]
+    assert sizes == expected * 2
+
+
 def test_windows_end_at_the_border():
     assert finetune_seg.window_starts(512, 512, 512) == [0]
     assert finetune_seg.window_starts(1024, 512, 512) == [0, 512]
@@ -2154,38 +2176,12 @@ def seg(tmp_path_factory):
     """A tiny data set and the folder of one whole run on it."""
     root = tmp_path_factory.mktemp("seg")
     small_folder(root / "data")
-    assert (
-        finetune_seg.main(
-            [
-                *TINY,
-                "--data",
-                f"folder:{root / 'data'}",
-                "--out",
-                str(root / "run"),
-                "--steps",
-                "6",
-                "--evaluations",
-                "2",
-            ]
-        )
-        == 0
-    )
+    assert finetune_seg.main(seg_flags(root, root / "run")) == 0
     return root
 
 
 def seg_flags(seg, out, *flags):
-    return [
-        *TINY,
-        "--data",
-        f"folder:{seg / 'data'}",
-        "--out",
-        str(out),
-        "--steps",
-        "6",
-        "--evaluations",
-        "2",
-        *flags,
-    ]
+    return [*TINY, *f"--data folder:{seg / 'data'} --out {out} --steps 6 --evaluations 2".split(), *flags]
 
 
 def test_seg_run_folder(seg):
@@ -2416,12 +2412,7 @@ def test_init_from_every_kind_of_weights(seg, tmp_path, capsys):
 
 def test_seg_options_run(seg, tmp_path, capsys):
     """Flags that no other test runs; a subset smaller than the batch; the schedule in steps and in epochs."""
-    base = [flag for flag in seg_flags(seg, "x") if flag != "x"]
-    base = [
-        f
-        for i, f in enumerate(base)
-        if f not in ("--out", "--steps") and (i == 0 or base[i - 1] != "--steps")
-    ]
+    base = [*TINY, *f"--data folder:{seg / 'data'} --evaluations 2".split()]
     for name, flags, steps in (
         ("sgd", ["--optimizer", "sgd", "--accumulate", "2", "--layer-decay", "0.7", "--clip", "1", "--epochs", "2"], 3),
         ("few", ["--fraction", "1/3", "--epochs", "4", "--save-minutes", "0", "--weight-decay", "0.1", "--seed", "5"], 2),
@@ -2432,6 +2423,27 @@ def test_seg_options_run(seg, tmp_path, capsys):
         saved = torch.load(tmp_path / name / "last.pt", weights_only=True)
         assert saved["step"] == steps and len(saved["classes"]) == (4 if name == "kept" else 3)
     assert "2 of 6 images" in capsys.readouterr().out
+
+
+def test_seg_rates_and_clipping_reach_the_step(seg, tmp_path, monkeypatch):
+    make, clip, made, clipped = finetune_seg.make_optimizer, nn.utils.clip_grad_norm_, [], []
+    monkeypatch.setattr(
+        finetune_seg, "make_optimizer", lambda *given: (made.append(make(*given)), made[-1])[1]
+    )
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, most: (clipped.append(most), clip(p, most))[1])
+    for flags in (["--layer-decay", "0.5", "--clip", "0.25"], []):
+        assert finetune_seg.main(seg_flags(seg, tmp_path / str(len(flags)), *flags)) == 0
+    assert clipped == [0.25] * 6 + [math.inf] * 6
+    groups, last = made[0].param_groups, 0.003 * (1 - 5 / 6) ** 0.9
+    assert sorted({g["lr"] / last for g in groups}) == pytest.approx([0.125, 0.25, 0.5, 1])
+
+
+def test_seg_the_best_checkpoint_is_kept(seg, tmp_path, monkeypatch):
+    evaluate, given = finetune_seg.evaluate, [0.3, 0.5, 0.4]
+    monkeypatch.setattr(finetune_seg, "evaluate", lambda *a: {**evaluate(*a), "miou": given.pop(0)})
+    assert finetune_seg.main(seg_flags(seg, tmp_path, "--evaluations", "3")) == 0
+    steps = [torch.load(tmp_path / name, weights_only=True)["step"] for name in ("best.pt", "last.pt")]
+    assert steps == [4, 6] and json.loads((tmp_path / "results.json").read_text())["best"] == 0.5
 
 
 def test_seg_accumulated_step_equals_the_whole_batch(seg, tmp_path):

@@ -2127,6 +2127,34 @@ def test_wrong_masks_are_named(tmp_path):
 # ------------------------------------------------------------------------------------------ model
 
 
+def test_masks_of_photos_on_their_side(tmp_path):
+    """A mask is as upright as the photo is shown, whatever the size that the file stores."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(20, 30)).save(tmp_path / "side.jpg", exif=exif)
+    for height, width in ((30, 20), (20, 30)):
+        Image.fromarray(np.ones((height, width), np.uint8)).save(tmp_path / f"{height}.png")
+    pairs = [(str(tmp_path / "side.jpg"), str(tmp_path / f"{height}.png")) for height in (30, 20)]
+    labelled = finetune_seg.Labelled(finetune_seg.DATASETS["folder"], pairs, 3)
+    assert labelled.check(0) == 1 and labelled.read(0)[0].shape == (3, 30, 20)
+    with pytest.raises(ValueError, match="30x20 .* its image 20x30"):
+        labelled.check(1)
+
+
+def test_processes_share_the_masks():
+    checked = []
+
+    class Part(list):
+        def check(self, i):
+            checked.append(i)
+            return i
+
+    for rank, largest in ((0, 4), (1, 3)):
+        place = SimpleNamespace(rank=rank, world=2, sum=lambda values: torch.as_tensor(values).tolist())
+        assert finetune_seg.check_masks([Part(range(5))], place) == largest
+    assert sorted(checked) == [0, 1, 2, 3, 4]
+
+
 def test_decoder_and_layer_decay():
     s = {
         "crop": [16, 24],
@@ -2142,6 +2170,12 @@ def test_decoder_and_layer_decay():
     tokens = model.encoder(images)
     grid = (tokens @ model.decoder.weight.T + model.decoder.bias).view(2, 4, 2, 5).permute(0, 3, 1, 2)
     torch.testing.assert_close(model(images), nn.functional.interpolate(grid, (32, 16), mode="bilinear"))
+    assert 0.014 < model.decoder.weight.std() < 0.026 and not model.decoder.bias.any()
+    rates = {"weight_decay": 0.3, "layer_decay": 0.5, "lr": 0.1}
+    for name, kind in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        optimizer = finetune_seg.make_optimizer(model, {**rates, "optimizer": name}, torch.device("cpu"))
+        assert type(optimizer) is kind
+        assert name == "adamw" or {group["momentum"] for group in optimizer.param_groups} == {0.9}
     scale = {}
     for group in finetune_seg.parameter_groups(model, 0.3, 0.5):
         for parameter in group["params"]:

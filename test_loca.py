@@ -2385,10 +2385,15 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
         == 0
     )
     assert (tmp_path / "out/thin_overlay.png").exists()
-    monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
+    most, sizes, probabilities = 3 * 37 * 53 // 2, [], finetune_seg.class_probabilities
+    monkeypatch.setattr(finetune_seg, "LARGEST", most)  # a photo that is too large
+    monkeypatch.setattr(
+        finetune_seg, "class_probabilities", lambda *a: (sizes.append(a[3]), probabilities(*a))[1]
+    )
     assert finetune_seg.main(["--predict", str(tmp_path / "in/odd.jpg"), *flags]) == 0
     again = np.asarray(Image.open(tmp_path / "out/odd_labels.png"))
     assert again.shape == (37, 53) and (again == labels).mean() > 0.8
+    assert 0.9 * most < 3 * math.prod(sizes[0]) < 1.1 * most
 
 
 def test_init_from_every_kind_of_weights(seg, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,9 @@ import train
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "finetune_seg.py"
 torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = (
+    "2"  # also in the processes that tests start: sums over other numbers round otherwise
+)
 
 # ---------------------------------------------------------------- recordings of the released training step
 # Inputs are drawn with numpy's frozen RandomState in the recordings' order; losses per device, and the norm of the
@@ -312,7 +316,8 @@ def plain_step(model, teacher, views, visible, keep):
 
 
 def test_step_equals_the_plain_one():
-    model, views = tiny(drop_path=0.0), tiny_views()
+    model = tiny(drop_path=0.0, student_temperature=0.2, teacher_temperature=0.08)
+    views = tiny_views()
     teacher = loca.make_teacher(tiny(drop_path=0.0))
     visible, keep = torch.tensor([3, 4, 5]), torch.tensor([9, 2, 14, 7, 0])
     gradients = []
@@ -554,10 +559,11 @@ def test_position_loss_only_and_single_image(monkeypatch):
     loss, _ = loca.position_loss(logits, torch.arange(16).expand(2, 16))
     torch.testing.assert_close(loss, single(views, visible=torch.arange(16))["position_loss"])
     kinds, choose = [], loca.choose_tokens
-    monkeypatch.setattr(loca, "choose_tokens", lambda *given: (kinds.append(given[2]), choose(*given))[1])
+    monkeypatch.setattr(loca, "choose_tokens", lambda *given: (kinds.append(given[1:3]), choose(*given))[1])
     single(views)  # its mask is always random
-    model(views)
-    assert kinds == ["unstructured", "consecutive", "unstructured"]
+    tiny(prototypes=0, query_tokens=7)(views)
+    assert kinds == [(8, "unstructured"), (3, "consecutive"), (7, "unstructured")]
+    assert loca.LOCA(loca.vit("Ti/16", depth=1), 0).query_tokens == 70  # as published
 
 
 def test_loss_weights():
@@ -866,6 +872,10 @@ def test_views_show_what_their_boxes_say(photos):
     one, other = dataset[0, 3], dataset[1, 3]
     assert all(torch.equal(one[k], dataset[0, 3][k]) for k in ("reference", "focal", "boxes", "flips"))
     assert not torch.equal(one["boxes"], other["boxes"])  # another epoch, other crops
+    seeded = train.Views(dataset.source, view_settings(seed=1))
+    assert not torch.equal(one["boxes"], seeded[0, 3]["boxes"])
+    flips = torch.stack([seeded[epoch, 3]["flips"][1:] for epoch in range(50)])
+    assert 0.4 < flips.float().mean() < 0.6
     assert (
         dataset[0, 0]["focal"].shape
         == train.Views(dataset.source, view_settings(focal=3))[0, 0]["focal"].shape
@@ -884,6 +894,7 @@ def test_boxes_have_the_area_and_aspect_they_should():
 
 def test_order_covers_each_epoch_once_and_is_shared_out():
     whole = list(train.Order(50, 12, seed=3, first=0, last=8))
+    assert whole != list(train.Order(50, 12, seed=4, first=0, last=8))
     assert all(len(batch) == 12 for batch in whole) and len(whole) == 8
     for epoch in range(2):
         keys = [key for batch in whole[4 * epoch : 4 * epoch + 4] for key in batch]
@@ -966,6 +977,10 @@ def test_colours_in_parts(monkeypatch):
     views = torch.full((40, 3, 128, 128), 128, dtype=torch.uint8)
     result = train.colours(views)
     assert result.shape == views.shape and len(result[:, :, 0, 0].unique(dim=0)) > 25
+    given, colours = [], train.colours
+    monkeypatch.setattr(train, "colours", lambda *a, **k: (given.append(a[1:3]), colours(*a, **k))[1])
+    colours(views, 0.2, 0.5)
+    assert len(given) == 5 and set(given) == {(0.2, 0.5)}
 
 
 def test_blur_is_gaussian():
@@ -1299,6 +1314,9 @@ def test_held_out_images_are_no_training_images(photos, tmp_path):
     trained, held_out = train.open_data(s, train.Processes("cpu"))
     names = [{images.name(i) for i in range(len(images))} for images in (trained, held_out)]
     assert [len(x) for x in names] == [27, 3] and len(names[0] | names[1]) == 30  # a tenth at most
+    assert names[1] != {str(many / f"{i:02}.png") for i in range(3)}  # drawn, for a folder can be a class
+    scenes = train.open_data(train.read_settings(SMALL, 1), train.Processes("cpu"))
+    assert not {scenes[0].name(i) for i in range(12)} & {scenes[1].name(i) for i in range(4)}
     s = {**s, "val": str(many)}
     assert [len(images) for images in train.open_data(s, train.Processes("cpu"))] == [30, 9]
 
@@ -1623,6 +1641,16 @@ def test_a_folder_of_another_run_is_refused(whole_run, capsys):
     assert train.main([*SMALL, "--out", str(whole_run), "--dim", "32"]) == 2
     error = capsys.readouterr().err
     assert "--dim 16, not 32" in error and error.count("\n") == 1
+    for flags in (
+        "--seed 1",
+        "--batch 2",
+        "--scenes 16",
+        "--momentum 0.5",
+        "--weight-decay 1",
+        "--masking first",
+    ):
+        assert train.main([*SMALL, "--out", str(whole_run), *flags.split()]) == 2
+        assert f", not {flags.split()[1]}" in capsys.readouterr().err
 
 
 def test_collapse_figures():
@@ -1706,10 +1734,21 @@ def test_show_and_curves(whole_run, photos, tmp_path, capsys):
         assert picture.size == (760, 440 + 32)
         # the learning rate's line ends at the bottom right, where the schedule does
         assert np.asarray(picture.convert("RGB"))[220 + 22 + 160 :, 700:750].min() < 100
+    half = tmp_path / "half"  # stopped while a line of the log was written
+    half.mkdir()
+    (half / "metrics.jsonl").write_text((whole_run / "metrics.jsonl").read_text() + '{"step": 7, "lo')
+    shutil.copy(whole_run / "settings.json", half)
+    assert train.main([*SMALL, "--curves", str(half), "--out", str(out)]) == 0
+    (half / "settings.json").unlink()
+    saved = torch.load(whole_run / "last.pt", weights_only=True)
+    saved["settings"]["single_image"] = True
+    torch.save(saved, tmp_path / "single.pt")
     for flags, said in (
+        (["--show", str(tmp_path / "single.pt")], "no reference to show"),
         (["--show", "nowhere.pt"], "no such checkpoint"),
         (["--show", str(whole_run / "last.pt"), "nowhere.png"], "cannot read an image"),
         (["--curves", str(tmp_path)], "no metrics.jsonl"),
+        (["--curves", str(half)], "no settings.json"),
     ):
         assert train.main([*SMALL, *flags, "--out", str(out)]) == 2
         assert said in capsys.readouterr().err

@@ -786,13 +786,18 @@ def load_file(path):
         raise Problem(f"cannot read the checkpoint {path}: {first_line(error)}") from error
 
 
+def read_records(path):
+    """The records of a metrics.jsonl; a last line that was only half written is left out."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
+
+
 class Log:
     """metrics.jsonl, one record a line; records from `step` on, of a run that went further, are cut off."""
 
     def __init__(self, folder, step, tensorboard=False):
         self.path = Path(folder) / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+        records = read_records(self.path) if self.path.exists() else []
+        kept = [json.dumps(record) for record in records if record["step"] < step]
         save_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = None
         if tensorboard:
@@ -884,9 +889,11 @@ class Window:
         self.clear()
         if saved is not None:
             self.sums, self.count = saved[1:].to(processes.device), int(saved[0])
+            self.restored = self.count
 
     def clear(self):
         self.sums, self.count = torch.zeros(len(self.names), device=self.processes.device), 0
+        self.restored = 0  # steps in it that an earlier process made
         self.begin, self.waited = time.perf_counter(), 0.0
 
     def state(self):
@@ -936,7 +943,7 @@ class Window:
         anew."""
         seconds = time.perf_counter() - self.begin
         record = dict(zip(self.names, self.processes.sum(self.sums / (self.count * self.processes.world))))
-        speed, waiting = self.count * batch / seconds, self.waited / seconds
+        speed, waiting = (self.count - self.restored) * batch / seconds, self.waited / seconds
         self.clear()
         return {**record, "images_per_second": speed, "waiting": waiting}
 
@@ -1337,9 +1344,9 @@ def draw_curves(folders):
     level. Raises Problem for a folder without a log."""
     runs = []
     for folder in folders:
-        path = Path(folder) / "metrics.jsonl"
-        require(path.exists(), f"--curves {folder}: there is no metrics.jsonl in it")
-        runs.append((str(folder), [json.loads(line) for line in path.read_text().splitlines()]))
+        for name in ("metrics.jsonl", "settings.json"):
+            require(Path(folder, name).exists(), f"--curves {folder}: there is no {name} in it")
+        runs.append((str(folder), read_records(Path(folder, "metrics.jsonl"))))
     s = json.loads(Path(folders[0], "settings.json").read_text())
     if "prototypes" in s:
         positions = (s["image_size"] // s["patch_size"]) ** 2
@@ -1412,6 +1419,8 @@ def show(checkpoint, names, processes):
     require(Path(checkpoint).is_file(), f"--show {checkpoint}: there is no such checkpoint")
     saved = load_file(checkpoint)
     trained = {**saved["settings"], "grad_checkpoint": False}
+    text = f"--show {checkpoint}: it is of a --single-image run, which has no reference to show positions in"
+    require(not trained["single_image"], text)
     set_seed(trained["seed"])
     model = build(trained).to(processes.device)
     scratch = copy.deepcopy(model.encoder)

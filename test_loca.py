@@ -1305,6 +1305,11 @@ def test_accumulation_and_options_run(tmp_path, photos):
         assert ("teacher" in torch.load(out / "last.pt", weights_only=True)) == (flags[0] == "--steps")
 
 
+def test_checkpoints_that_are_kept(tmp_path):
+    assert train.main([*SMALL, "--keep", "2", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("epoch*")} == {"epoch_0002.pt"}
+
+
 def test_held_out_images_are_no_training_images(photos, tmp_path):
     many = tmp_path / "many"
     many.mkdir()
@@ -1355,15 +1360,23 @@ def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, monkeypatch):
 
 
 def test_schedules_reach_the_steps(tmp_path, monkeypatch):
-    momenta = []
-    monkeypatch.setattr(loca, "update_teacher", lambda teacher, model, momentum: momenta.append(momentum))
-    assert (
-        train.main([*SMALL, "--log-every", "1", "--lr", "0.01", "--momentum", "0.9", "--out", str(tmp_path)])
-        == 0
+    momenta, done, most, seeds, clip = [], [], [], [], torch.nn.utils.clip_grad_norm_
+    set_seed, step = train.set_seed, torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *a, **k: (done.append(len(momenta)), step(*a, **k))[1]
     )
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, x: (most.append(x), clip(p, x))[1])
+    monkeypatch.setattr(train, "set_seed", lambda *parts: (seeds.append(parts), set_seed(*parts))[1])
+    monkeypatch.setattr(loca, "update_teacher", lambda teacher, model, momentum: momenta.append(momentum))
+    flags = "--log-every 1 --lr 0.01 --momentum 0.9 --clip 0.3 --accumulate 2 --seed 4".split()
+    assert train.main([*SMALL, *flags, "--out", str(tmp_path)]) == 0
     assert momenta == [train.teacher_momentum(step, 6, 0.9) for step in range(6)]
     rates = [r["lr"] for r in metrics(tmp_path) if "loss" in r]  # batch 4; warm-up is half the run at most
     assert rates == [train.learning_rate(step, 6, 3, 0.01 * 4 / 1024) for step in range(6)]
+    assert done == [*range(6)] and most == [0.3] * 6  # the teacher follows after each of AdamW's steps
+    assert {(4, step, 0, micro) for step in range(6) for micro in (0, 1)} <= set(seeds)
+    groups = torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
 def test_settings_reach_the_model():
@@ -1447,6 +1460,39 @@ def test_micro_batches_that_are_alike_have_the_gradient_of_one(tmp_path, monkeyp
     )
 
 
+def test_window_means():
+    """Over micro-batches, steps and processes; the speed is of the steps since the process started."""
+    place = SimpleNamespace(
+        world=2, rank=0, device=torch.device("cpu"), sum=lambda x: [2 * v for v in x.tolist()]
+    )
+    window = train.Window(("loss", "gradient_norm"), place, 10, torch.tensor([3.0, 12.0, 3.0]))
+    window.begin = time.perf_counter() - 100
+    window.add(3, [{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(7.0)}], torch.tensor(1.0))
+    record = window.read(50)
+    assert (record["loss"], record["gradient_norm"]) == (4, 1)
+    assert record["images_per_second"] == pytest.approx(0.5, rel=0.1)  # one step of 50 images in 100 s
+
+
+def test_the_log_is_cut_at_the_step_that_comes_next(tmp_path):
+    lines = [json.dumps({"step": step, "loss": step / 3}) + "\n" for step in (2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"st')
+    train.Log(tmp_path, 4).write({"step": 4})
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2]) + '{"step": 4}\n'
+
+
+def test_processes_stay_equal_and_stop_together(tmp_path):
+    """Two micro-batches in two processes; the second process alone is told to stop."""
+    fault = (
+        "total = sum(p.detach().double().sum() for p in self.parameters())\n"
+        "        both = [total.clone(), total.clone()]\n"
+        "        loca.dist.all_gather(both, total)\n"
+        "        assert both[0] == both[1], both\n"
+        "        if step == 4 and rank == 1: os.kill(os.getpid(), 15)"
+    )
+    result = run_with_fault(tmp_path, fault, 2, flags=("--accumulate", "2"))
+    assert "asked to stop: saved at step 3" in result.stdout, result.stderr
+
+
 def test_the_first_bad_step_is_named():
     names = ("loss", "gradient_norm")
     window = train.Window(names, SimpleNamespace(world=1, rank=0, device=torch.device("cpu")), 10)
@@ -1467,7 +1513,7 @@ def test_grad_checkpoint_changes_no_gradient():
     torch.testing.assert_close(*gradients)
 
 
-def run_with_fault(folder, fault, processes, *torchrun_flags):
+def run_with_fault(folder, fault, processes, *torchrun_flags, flags=()):
     """Run train.py, saving at every step, with a fault: code for each training step, which sees `step` (from 0),
     `rank`, `restarts` and the step's `losses` -> the finished process."""
     script = folder / "fault.py"
@@ -1485,7 +1531,7 @@ def run_with_fault(folder, fault, processes, *torchrun_flags):
         "sys.exit(train.main())\n"
     )
     how = {"script": script, "torchrun_flags": torchrun_flags, "env": {**os.environ, "PYTHONPATH": str(HERE)}}
-    return run_train(folder / "run", "--save-minutes", "0", processes=processes, **how)
+    return run_train(folder / "run", "--save-minutes", "0", *flags, processes=processes, **how)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -201,6 +201,10 @@ def find_files(root, pattern):
             if f".{key[-1].lower()}" not in train.EXTENSIONS:
                 continue
             key = key[:-1]
+        require(
+            key not in found,
+            f"{os.path.join(root, path)} and {found.get(key)}: one image twice; take one out",
+        )
         found[key] = os.path.join(root, path)
     return found
 
@@ -222,6 +226,10 @@ def find_pairs(name, folder, split):
         if data.held_out:
             held_out = set(wanted[data.held_out - 1 :: data.held_out])
             wanted = [key for key in wanted if (key in held_out) == (split == "val")]
+        require(
+            wanted,
+            f"{flag}: none of its {len(images)} images is of the {split} part ({listing or 'too few'})",
+        )
         for files, kind in ((images, "image"), (masks, "mask")):
             missing = ["/".join(key) for key in wanted if key not in files]
             if missing:

@@ -2151,6 +2151,17 @@ def test_kitti_holds_out_every_fifth_image(tmp_path):
         and not set(names["val"]) & set(names["train"])
     )
     assert read_all("kitti", tmp_path, "val")[0].read(0)[1][0, :3].tolist() == [0, 13, 255]
+    for i in range(4, 11):
+        (tmp_path / f"training/image_2/{i:06d}_10.png").unlink()
+    with pytest.raises(train.Problem, match="none of its 4 images is of the val part"):
+        finetune_seg.find_pairs("kitti", str(tmp_path), "val")
+
+
+def test_an_image_in_two_formats_is_named(tmp_path):
+    small_folder(tmp_path)
+    Image.open(tmp_path / "images/train/0.png").save(tmp_path / "images/train/0.jpg")
+    with pytest.raises(train.Problem, match="one image twice"):
+        finetune_seg.find_pairs("folder", str(tmp_path), "train")
 
 
 def small_folder(root, count=6, classes=3, size=(20, 28)):

@@ -385,6 +385,8 @@ def test_stochastic_depth_drops_samples_and_keeps_the_mean():
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert float(dropped.mean()) == pytest.approx(1, abs=0.04)
     assert torch.equal(block.eval().drop(x), x)
+    block, x = loca.Block(8, 2, 16, drop_path=0.999), torch.randn(500, 3, 8)
+    assert (block(x) == x).all(-1).all(-1).float().mean() > 0.98  # both branches are dropped
     assert [b.drop_path for b in loca.ViT(32, 8, 24, 3, 3, 48, drop_path=0.1).blocks] == pytest.approx(
         [0, 0.05, 0.1]
     )
@@ -578,6 +580,7 @@ def test_loss_weights():
 def test_teacher_follows_the_student():
     model = tiny()
     teacher = loca.make_teacher(model)
+    assert teacher.training and teacher.encoder.blocks[1].drop_path == 0.1  # as released
     before = {n: p.clone() for n, p in teacher.named_parameters()}
     with torch.no_grad():
         for p in model.parameters():
@@ -707,6 +710,12 @@ def test_foreign_weights(tmp_path, wrap):
     assert "class token kept" in report and "resized from 4x4 to 4x6" in report
     assert kept(torch.randn(1, 3, 32, 48)).shape == (1, 24, 24)
     torch.testing.assert_close(kept.pos_embed.data[:, :1], state["pos_embed"][:, :1])
+    images, kept = torch.randn(1, 3, 32, 48), kept.eval()
+    before = kept(images)
+    kept.pos_embed.data[:, 0] += torch.randn(24)  # the class token's own position counts
+    assert not torch.allclose(kept(images), before)
+    torch.save(wrap(state), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert equal(loca.load_weights(tmp_path / "old.pth", "teacher"), loaded)
 
 
 def test_weights_that_do_not_fit(tmp_path):
@@ -1289,8 +1298,10 @@ def test_accumulation_and_options_run(tmp_path, photos):
     flags = options.split()
     pytest.importorskip("tensorboard")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda model: torch._dynamo.optimize("eager")(model))
+        compiled, eager = [], torch._dynamo.optimize("eager")
+        patch.setattr(torch, "compile", lambda model: (compiled.append(model), eager(model))[1])
         assert train.main([*SMALL, "--out", str(tmp_path / "run"), *flags]) == 0
+        assert len(compiled) == 1
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"epoch_0001.pt", "epoch_0002.pt", "last.pt"} <= names and any("tfevents" in n for n in names)
     assert [r["step"] for r in metrics(tmp_path / "run") if "loss" in r] == [2, 3, 4, 6]
@@ -1502,14 +1513,17 @@ def test_the_first_bad_step_is_named():
         window.check()
 
 
-def test_grad_checkpoint_changes_no_gradient():
-    views, gradients = tiny_views(), []
+def test_grad_checkpoint_changes_no_gradient(monkeypatch):
+    views, gradients, calls, checkpoint = tiny_views(), [], [], loca.checkpoint
+    monkeypatch.setattr(loca, "checkpoint", lambda *a, **k: (calls.append(a[0]), checkpoint(*a, **k))[1])
     for checkpointed in (False, True):
+        assert not calls
         model = tiny(prototypes=0)
         model.encoder.grad_checkpoint = checkpointed
         torch.manual_seed(7)
         model(views)["loss"].backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert calls == [*model.encoder.blocks] * 3  # for the reference, the random query and the focal ones
     torch.testing.assert_close(*gradients)
 
 

@@ -201,11 +201,9 @@ def find_files(root, pattern):
             if f".{key[-1].lower()}" not in train.EXTENSIONS:
                 continue
             key = key[:-1]
-        require(
-            key not in found,
-            f"{os.path.join(root, path)} and {found.get(key)}: one image twice; take one out",
-        )
-        found[key] = os.path.join(root, path)
+        file = os.path.join(root, path)
+        require(key not in found, f"{file} and {found.get(key)}: one image twice; take one out")
+        found[key] = file
     return found
 
 

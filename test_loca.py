@@ -30,9 +30,20 @@ import train
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "finetune_seg.py"
 torch.set_num_threads(2)
-os.environ["OMP_NUM_THREADS"] = (
-    "2"  # also in the processes that tests start: sums over other numbers round otherwise
-)
+os.environ["OMP_NUM_THREADS"] = "2"  # in started processes too: over other numbers sums round otherwise
+
+
+def spy(monkeypatch, owner, name, note):
+    """Keep what `note` says of the arguments of every call of owner.name from now on -> the list of it."""
+    notes, function = [], getattr(owner, name)
+
+    def noted(*args, **kwargs):
+        notes.append(note(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, noted)
+    return notes
+
 
 # ---------------------------------------------------------------- recordings of the released training step
 # Inputs are drawn with numpy's frozen RandomState in the recordings' order; losses per device, and the norm of the
@@ -560,8 +571,7 @@ def test_position_loss_only_and_single_image(monkeypatch):
     logits = single.predictor(tokens, tokens)
     loss, _ = loca.position_loss(logits, torch.arange(16).expand(2, 16))
     torch.testing.assert_close(loss, single(views, visible=torch.arange(16))["position_loss"])
-    kinds, choose = [], loca.choose_tokens
-    monkeypatch.setattr(loca, "choose_tokens", lambda *given: (kinds.append(given[1:3]), choose(*given))[1])
+    kinds = spy(monkeypatch, loca, "choose_tokens", lambda total, count, kind, device: (count, kind))
     single(views)  # its mask is always random
     tiny(prototypes=0, query_tokens=7)(views)
     assert kinds == [(8, "unstructured"), (3, "consecutive"), (7, "unstructured")]
@@ -986,8 +996,8 @@ def test_colours_in_parts(monkeypatch):
     views = torch.full((40, 3, 128, 128), 128, dtype=torch.uint8)
     result = train.colours(views)
     assert result.shape == views.shape and len(result[:, :, 0, 0].unique(dim=0)) > 25
-    given, colours = [], train.colours
-    monkeypatch.setattr(train, "colours", lambda *a, **k: (given.append(a[1:3]), colours(*a, **k))[1])
+    colours = train.colours
+    given = spy(monkeypatch, train, "colours", lambda views, *chances: chances[:2])
     colours(views, 0.2, 0.5)
     assert len(given) == 5 and set(given) == {(0.2, 0.5)}
 
@@ -1359,26 +1369,21 @@ def test_processes_share_the_held_out_images(monkeypatch):
 
 def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, monkeypatch):
     """The window of the next log line begins after it."""
-    evaluate, read, ends, begins = train.evaluate, train.Window.read, [], []
+    evaluate, ends = train.evaluate, []
     monkeypatch.setattr(
         train, "evaluate", lambda *given: (evaluate(*given), ends.append(time.perf_counter()))[0]
     )
-    monkeypatch.setattr(train.Window, "read", lambda *given: (begins.append(given[0].begin), read(*given))[1])
+    begins = spy(monkeypatch, train.Window, "read", lambda window, batch: window.begin)
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
-    assert (
-        len(begins) == 4 and begins[1] < ends[0] < begins[2]
-    )  # read at steps 2, 3, 4 and 6, evaluated at 3 and 6
+    assert len(begins) == 4  # read at steps 2, 3, 4 and 6, evaluated at 3 and 6
+    assert begins[1] < ends[0] < begins[2]
 
 
 def test_schedules_reach_the_steps(tmp_path, monkeypatch):
-    momenta, done, most, seeds, clip = [], [], [], [], torch.nn.utils.clip_grad_norm_
-    set_seed, step = train.set_seed, torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda *a, **k: (done.append(len(momenta)), step(*a, **k))[1]
-    )
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, x: (most.append(x), clip(p, x))[1])
-    monkeypatch.setattr(train, "set_seed", lambda *parts: (seeds.append(parts), set_seed(*parts))[1])
-    monkeypatch.setattr(loca, "update_teacher", lambda teacher, model, momentum: momenta.append(momentum))
+    momenta = spy(monkeypatch, loca, "update_teacher", lambda teacher, model, momentum: momentum)
+    done = spy(monkeypatch, torch.optim.AdamW, "step", lambda *given: len(momenta))
+    most = spy(monkeypatch, nn.utils, "clip_grad_norm_", lambda parameters, most: most)
+    seeds = spy(monkeypatch, train, "set_seed", lambda *parts: parts)
     flags = "--log-every 1 --lr 0.01 --momentum 0.9 --clip 0.3 --accumulate 2 --seed 4".split()
     assert train.main([*SMALL, *flags, "--out", str(tmp_path)]) == 0
     assert momenta == [train.teacher_momentum(step, 6, 0.9) for step in range(6)]
@@ -1514,8 +1519,8 @@ def test_the_first_bad_step_is_named():
 
 
 def test_grad_checkpoint_changes_no_gradient(monkeypatch):
-    views, gradients, calls, checkpoint = tiny_views(), [], [], loca.checkpoint
-    monkeypatch.setattr(loca, "checkpoint", lambda *a, **k: (calls.append(a[0]), checkpoint(*a, **k))[1])
+    views, gradients = tiny_views(), []
+    calls = spy(monkeypatch, loca, "checkpoint", lambda block, *given, **options: block)
     for checkpointed in (False, True):
         assert not calls
         model = tiny(prototypes=0)
@@ -1900,10 +1905,8 @@ def test_sliding_window_averages_pixel_by_pixel(height, width):
 
 
 def test_multi_scale_is_the_mean_over_six_scales_and_flips(monkeypatch):
-    image, sizes, slide = torch.from_numpy(gradient()).permute(2, 0, 1), [], finetune_seg.sliding_window
-    monkeypatch.setattr(
-        finetune_seg, "sliding_window", lambda *a: (sizes.append(a[1].shape[1:]), slide(*a))[1]
-    )
+    image = torch.from_numpy(gradient()).permute(2, 0, 1)
+    sizes = spy(monkeypatch, finetune_seg, "sliding_window", lambda model, view, *given: view.shape[1:])
     s = {
         "multi_scale": True,
         "base_size": 16,
@@ -2511,11 +2514,9 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
         == 0
     )
     assert (tmp_path / "out/thin_overlay.png").exists()
-    most, sizes, probabilities = 3 * 37 * 53 // 2, [], finetune_seg.class_probabilities
+    most = 3 * 37 * 53 // 2
     monkeypatch.setattr(finetune_seg, "LARGEST", most)  # a photo that is too large
-    monkeypatch.setattr(
-        finetune_seg, "class_probabilities", lambda *a: (sizes.append(a[3]), probabilities(*a))[1]
-    )
+    sizes = spy(monkeypatch, finetune_seg, "class_probabilities", lambda model, image, s, size: size)
     assert finetune_seg.main(["--predict", str(tmp_path / "in/odd.jpg"), *flags]) == 0
     again = np.asarray(Image.open(tmp_path / "out/odd_labels.png"))
     assert again.shape == (37, 53) and (again == labels).mean() > 0.8
@@ -2591,11 +2592,11 @@ def test_seg_options_run(seg, tmp_path, capsys):
 
 
 def test_seg_rates_and_clipping_reach_the_step(seg, tmp_path, monkeypatch):
-    make, clip, made, clipped = finetune_seg.make_optimizer, nn.utils.clip_grad_norm_, [], []
+    make, made = finetune_seg.make_optimizer, []
     monkeypatch.setattr(
         finetune_seg, "make_optimizer", lambda *given: (made.append(make(*given)), made[-1])[1]
     )
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, most: (clipped.append(most), clip(p, most))[1])
+    clipped = spy(monkeypatch, nn.utils, "clip_grad_norm_", lambda parameters, most: most)
     for flags in (["--layer-decay", "0.5", "--clip", "0.25"], []):
         assert finetune_seg.main(seg_flags(seg, tmp_path / str(len(flags)), *flags)) == 0
     assert clipped == [0.25] * 6 + [math.inf] * 6

@@ -119,15 +119,16 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_dim)
         self.drop_path = drop_path
 
-    def drop(self, branch):
+    def add(self, x, branch):
         if not self.training or self.drop_path == 0:
-            return branch
+            return x + branch
         keep = 1 - self.drop_path
-        return branch * ((torch.rand(len(branch), 1, 1, device=branch.device) < keep) / keep)  # B,1,1
+        kept = (torch.rand(len(x), 1, 1, device=x.device) < keep) / keep  # B,1,1
+        return torch.addcmul(x, branch, kept)
 
     def forward(self, x, attend=None):
-        x = x + self.drop(self.attn(self.norm1(x), attend))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.add(x, self.attn(self.norm1(x), attend))
+        return self.add(x, self.mlp(self.norm2(x)))
 
 
 # ------------------------------------------------------------------------------------------------- ViT
@@ -314,8 +315,8 @@ class LOCA(nn.Module):
         before the encoder, and the queries get no position embedding. visible [K] or [B, K]: reference tokens
         that the queries see; keep: tokens of the random query that are encoded; both drawn when None. Returns
         a dict of scalars: loss, position_loss (ln N at chance), feature_loss, position_accuracy (0..1), its
-        part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and target_entropy (0..ln P),
-        which show a collapse.
+        part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and target_entropy (0..ln P, of
+        every fifth position), which show a collapse.
         """
         context, tokens = self.encode_reference(views, teacher, visible)
         clusters = None if teacher is None else self.assign_clusters(tokens, teacher)
@@ -334,7 +335,7 @@ class LOCA(nn.Module):
                 targets,
                 self.student_temperature,
             )
-            entropy = torch.special.entr(clusters).sum(-1).mean()
+            entropy = torch.special.entr(clusters[:, ::5]).sum(-1).mean()
         return {
             "loss": self.position_weight * position + self.feature_weight * feature,
             "position_loss": position.detach(),
@@ -466,7 +467,7 @@ def sinkhorn(codes, temperature=0.05, rounds=3):
     return targets
 
 
-def feature_loss(features, prototypes, clusters, targets, temperature=0.1, chunk=1024):
+def feature_loss(features, prototypes, clusters, targets, temperature=0.1, rows=None):
     """Cross-entropy with the teacher's clusters, plus the mean-entropy term.
 
     Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction.
@@ -474,55 +475,75 @@ def feature_loss(features, prototypes, clusters, targets, temperature=0.1, chunk
     features [B, T, E] and prototypes [P, E] unit vectors, clusters [B, N, P] from sinkhorn, targets [B, T].
     The student's code is s = features @ prototypes.T / temperature. A row c of clusters sums to 1, so its
     cross-entropy is logsumexp(s) - c @ s, and c @ s = features @ (c @ prototypes) / temperature: E numbers
-    are gathered per patch, not P. [T, P] arrays exist for `chunk` tokens at a time, in the backward pass too.
+    are gathered per patch, not P. rows: tokens whose codes exist at a time; None: what a CPU's cache holds or
+    fills a GPU.
     """
+    matched = targets >= 0
+    weights = matched / (matched.sum() + 1e-8)  # B,T
     centres = (clusters @ prototypes).float()  # B,N,E
     agreement = (features * take(centres, targets.clamp(min=0))).sum(-1) / temperature  # B,T
-    logsums, total = [], 0
-    for rows in features.flatten(0, 1).split(chunk):
-        logsum, prediction = checkpoint(
-            _predict_clusters, rows, prototypes, temperature, use_reentrant=False, preserve_rng_state=False
-        )
-        logsums.append(logsum)
-        total = total + prediction
-    matched = targets >= 0
-    cross_entropy = ((torch.cat(logsums).view_as(agreement) - agreement) * matched).sum() / (
-        matched.sum() + 1e-8
-    )
-    mean = mean_over_devices(total / targets.numel())  # P, over all patches, matched or not
-    negative_entropy = (mean * mean.clamp_min(1e-30).log()).sum()
-    return cross_entropy + negative_entropy, cross_entropy.detach(), (-negative_entropy.detach()).exp()
+    if rows is None:
+        rows = max(1, 2 ** (20 if features.device.type == "cpu" else 22) // len(prototypes))
+    loss, mean = CodeLoss.apply(features.flatten(0, 1), prototypes, weights.flatten(), temperature, rows)
+    loss, entropy = loss - (weights * agreement).sum(), torch.special.entr(mean).sum()
+    return loss, loss.detach() + entropy, entropy.exp()
 
 
-def _predict_clusters(features, prototypes, temperature):
-    """Features [R, E] -> logsumexp of the codes [R], sum over the rows of their softmax [P]."""
-    codes = ((features / temperature) @ prototypes.T).float()  # R,P
-    return codes.logsumexp(-1), codes.softmax(-1).sum(0)
+class CodeLoss(torch.autograd.Function):
+    """What the codes s of features [M, E] and prototypes [P, E] add to the feature loss: the sum of weights [M] *
+    logsumexp(s), plus sum(q log q) of q [P], the softmax of s averaged over all M and all devices. Returns both,
+    the loss and q.
+
+    Gradients are made along with the value, some rows at a time, so that no [M, P] array ever exists. A row with
+    softmax p and weight w has p * (w + (log q - p @ log q) / M) as the gradient of its code.
+    """
+
+    @staticmethod
+    def forward(ctx, features, prototypes, weights, temperature, rows):
+        parts = list(zip((features / temperature).split(rows), weights[:, None].split(rows)))
+
+        def predict(part):
+            codes = (part @ prototypes.T).float()  # R,P
+            return codes, codes.softmax(-1)
+
+        loss = mean = 0
+        for part, weight in parts:
+            codes, prediction = predict(part)
+            logsum = codes.amax(-1, keepdim=True) - prediction.amax(-1, keepdim=True).log()  # R,1
+            loss, mean = loss + (weight * logsum).sum(), mean + prediction.sum(0)
+        mean = sum_over_devices(mean / len(features)) / devices()
+        log_mean = mean.clamp_min(1e-30).log()
+
+        if any(ctx.needs_input_grad):
+            of_features, of_prototypes = [], torch.zeros_like(prototypes)
+            for part, weight in parts:
+                _, prediction = predict(part)
+                # The mean is the same on every device, and so is its gradient: averaging the parameters' gradients
+                # over the devices, as DDP does, makes the 1/devices of the mean.
+                gradient = prediction * (log_mean / len(features))
+                gradient.addcmul_(prediction, weight - gradient.sum(-1, keepdim=True))  # R,P
+                of_features.append((gradient @ prototypes).float() / temperature)
+                of_prototypes += gradient.T @ part
+            ctx.save_for_backward(torch.cat(of_features), of_prototypes)
+        ctx.mark_non_differentiable(mean)
+        return loss + (mean * log_mean).sum(), mean
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        of_features, of_prototypes = ctx.saved_tensors
+        return gradient * of_features, gradient * of_prototypes, None, None, None
+
+
+def devices():
+    """Processes of torch.distributed; 1 where it is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_devices(x):
-    """Sum of x over all processes, without gradient; x itself where torch.distributed is not in use."""
-    if dist.is_available() and dist.is_initialized():
+    """Sum of x over all processes, in place and without gradient."""
+    if devices() > 1:
         dist.all_reduce(x)
     return x
-
-
-class _MeanOverDevices(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return sum_over_devices(x.clone()) / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        # The mean, and so this gradient, is the same on every device; averaging the parameters' gradients over the
-        # devices, as DDP does, makes the 1/devices of the mean.
-        return gradient
-
-
-def mean_over_devices(x):
-    """Mean of x over all processes that lets gradients through; x itself where torch.distributed is not in
-    use."""
-    return _MeanOverDevices.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
 # --------------------------------------------------------------------------------------------- teacher

@@ -322,7 +322,7 @@ def plain_step(model, teacher, views, visible, keep):
         "position_loss": position,
         "feature_loss": feature,
         "position_accuracy": correct / count,
-        "target_entropy": -(targets * targets.log()).sum(-1).mean(),
+        "target_entropy": -(targets * targets.log())[:, ::5].sum(-1).mean(),
     }
 
 
@@ -392,10 +392,10 @@ def test_stochastic_depth_drops_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     block = loca.Block(8, 2, 16, drop_path=0.25)
     x = torch.ones(4000, 1, 1)
-    dropped = block.drop(x)
+    dropped = block.add(torch.zeros_like(x), x)
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert float(dropped.mean()) == pytest.approx(1, abs=0.04)
-    assert torch.equal(block.eval().drop(x), x)
+    assert torch.equal(block.eval().add(x, x), 2 * x)
     block, x = loca.Block(8, 2, 16, drop_path=0.999), torch.randn(500, 3, 8)
     assert (block(x) == x).all(-1).all(-1).float().mean() > 0.98  # both branches are dropped
     assert [b.drop_path for b in loca.ViT(32, 8, 24, 3, 3, 48, drop_path=0.1).blocks] == pytest.approx(
@@ -520,14 +520,14 @@ def test_sinkhorn_and_losses_against_plain_versions():
     )
 
 
-def test_feature_loss_does_not_depend_on_the_chunk():
+def test_feature_loss_does_not_depend_on_the_rows_at_a_time():
     torch.manual_seed(0)
     features = F.normalize(torch.randn(2, 9, 8), dim=-1).requires_grad_()
     prototypes = F.normalize(torch.randn(12, 8), dim=-1).requires_grad_()
     clusters, targets = torch.rand(2, 4, 12).softmax(-1), torch.randint(-1, 4, (2, 9))
     found = []
-    for chunk in (1, 4, 100):
-        loss, *_ = loca.feature_loss(features, prototypes, clusters, targets, chunk=chunk)
+    for rows in (None, 1, 4, 100):
+        loss, *_ = loca.feature_loss(features, prototypes, clusters, targets, rows=rows)
         found.append([loss, *torch.autograd.grad(loss, (features, prototypes))])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])

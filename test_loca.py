@@ -1,9 +1,12 @@
 """Tests: against recordings of the released code, slow plain versions, and invariants. No network, no GPU."""
 
+import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -2735,3 +2738,83 @@ def test_seg_checkpoint_of_other_classes_is_refused(seg, tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "x.pt")
     assert finetune_seg.main(["--predict", str(tmp_path), "--checkpoint", str(tmp_path / "x.pt")]) == 2
     assert "not a checkpoint of this script" in capsys.readouterr().err
+
+
+# ------------------------------------------------------- speed and memory of the step, beside the plain one
+
+
+def whole_step(plain, precision, flags):
+    """A training step on the CPU, as a function: ours, or the plain one with torch's own choice of attention."""
+    s, cpu = train.read_settings(["--data", "photos", *flags], 1), torch.device("cpu")
+    torch.manual_seed(0)
+    model = train.build(s)
+    teacher, optimizer = loca.make_teacher(model), torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    batch, focal, large, small, n = s["batch"], s["focal"], s["image_size"], s["focal_size"], model.positions
+    views = {
+        "reference": torch.randn(batch, 3, large, large),
+        "query": torch.randn(batch, 3, large, large),
+        "query_targets": torch.randint(-60, n, (batch, n)).clamp(min=-1),
+        "focal": torch.randn(batch, focal, 3, small, small),
+        "focal_targets": torch.randint(-60, n, (batch, focal, (small // s["patch_size"]) ** 2)).clamp(min=-1),
+    }
+    forward = functools.partial(plain_step, model) if plain else model
+
+    def step():
+        train.choose_precision(cpu, precision)
+        if plain:
+            torch.backends.cuda.enable_flash_sdp(True)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+        visible = loca.choose_tokens(n, model.visible_tokens)
+        keep = loca.choose_tokens(n, model.query_tokens, "unstructured")
+        with train.autocast(precision, cpu):
+            loss = forward(views=views, teacher=teacher, visible=visible, keep=keep)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loca.update_teacher(teacher, model, 0.99)
+
+    return step
+
+
+def peak_of_steps(plain, precision, flags):
+    step = whole_step(plain, precision, flags)
+    for _ in range(3):
+        step()
+    return train.peak_memory(torch.device("cpu"))
+
+
+def compare(precisions=("bf16", "float32"), rounds=9, flags=("--model", "S/16", "--batch", "8")):
+    """`python test_loca.py`: the peak memory of each step in a process of its own, then both in turns in this one."""
+    context, peaks = multiprocessing.get_context("spawn"), {}
+    for key in itertools.product((True, False), precisions):  # first: a child's peak starts at its parent's
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            peaks[key] = pool.submit(peak_of_steps, *key, flags).result()
+    for precision in precisions:
+        steps, seconds = [whole_step(plain, precision, flags) for plain in (True, False)], []
+        for _ in range(rounds + 1):
+            ends = [time.perf_counter()]
+            for step in steps:
+                step()
+                ends.append(time.perf_counter())
+            seconds.append(np.diff(ends))
+        plain, ours = np.median(seconds[1:], axis=0)
+        ratios = [a / b for a, b in seconds[1:]]
+        print(
+            f"{precision}: plain step {plain:.2f} s, {peaks[True, precision]:.2f} GiB; "
+            f"ours {ours:.2f} s, {peaks[False, precision]:.2f} GiB; "
+            f"{np.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+def test_comparison_with_the_plain_step(capsys):
+    tiny = (
+        "--patch-size 8 --dim 24 --depth 1 --heads 3 --mlp-dim 48 --image-size 32 --focal-size 16 --batch 2"
+    )
+    compare(["float32"], 1, [*tiny.split(), "--prototypes", "20"])
+    said = capsys.readouterr().out
+    assert said.startswith("float32: plain step ") and said.count("GiB") == 2 and "times as fast" in said
+
+
+if __name__ == "__main__":
+    compare()

@@ -33,9 +33,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, decode_image
 
 import loca
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # deprecated there, to go in a later version; Pillow reads the same images, more slowly
+    decode_image = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 REQUEUE = 75  # exit code of a run that was told to stop and has saved (EX_TEMPFAIL)
@@ -125,7 +129,7 @@ def read_image(path):
     except UnidentifiedImageError as error:
         raise ValueError("not an image, or damaged") from error
     with image:
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        if decode_image and image.format == "JPEG" and image.mode in ("RGB", "L"):
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_image(buffer, ImageReadMode.RGB, apply_exif_orientation=True)
         image = ImageOps.exif_transpose(image)

@@ -1811,11 +1811,13 @@ def test_show_and_curves(whole_run, photos, tmp_path, capsys):
     shutil.copy(whole_run / "settings.json", half)
     assert train.main([*SMALL, "--curves", str(half), "--out", str(out)]) == 0
     (half / "settings.json").unlink()
-    saved = torch.load(whole_run / "last.pt", weights_only=True)
-    saved["settings"]["single_image"] = True
-    torch.save(saved, tmp_path / "single.pt")
+    single = tmp_path / "single"  # has no reference to show positions in
+    assert train.main([*SMALL, "--single-image", "--steps", "1", "--out", str(single)]) == 0
+    assert train.main([*SMALL, "--show", str(single / "last.pt"), *images, "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.height == 20 + 2 * 116
+    capsys.readouterr()
     for flags, said in (
-        (["--show", str(tmp_path / "single.pt")], "no reference to show"),
         (["--show", "nowhere.pt"], "no such checkpoint"),
         (["--show", str(whole_run / "last.pt"), "nowhere.png"], "cannot read an image"),
         (["--curves", str(tmp_path)], "no metrics.jsonl"),

@@ -1423,8 +1423,6 @@ def show(checkpoint, names, processes):
     require(Path(checkpoint).is_file(), f"--show {checkpoint}: there is no such checkpoint")
     saved = load_file(checkpoint)
     trained = {**saved["settings"], "grad_checkpoint": False}
-    text = f"--show {checkpoint}: it is of a --single-image run, which has no reference to show positions in"
-    require(not trained["single_image"], text)
     set_seed(trained["seed"])
     model = build(trained).to(processes.device)
     scratch = copy.deepcopy(model.encoder)
@@ -1437,7 +1435,9 @@ def show(checkpoint, names, processes):
         pixels = [images.image(i) for i in range(len(images))]
     except (OSError, ValueError, RuntimeError) as error:
         raise Problem(f"--show: cannot read an image: {error}") from error
-    sheet = draw_predictions(model, teacher, images, trained, processes.device, count=len(images))
+    sheet = Image.new("RGB", (0, 0))  # a single-image run has no reference to show positions in
+    if not trained["single_image"]:
+        sheet = draw_predictions(model, teacher, images, trained, processes.device, count=len(images))
     encoders, rows = (scratch, (teacher or model).encoder), []
     for image in pixels:
         features = [feature_colours(encoder, image, 112, processes.device) for encoder in encoders]

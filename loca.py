@@ -120,6 +120,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def add(self, x, branch):
+        """x + branch, in training with the branch left out for some samples."""
         if not self.training or self.drop_path == 0:
             return x + branch
         keep = 1 - self.drop_path

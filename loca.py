@@ -90,7 +90,11 @@ class CrossAttention(nn.Module):
 def multi_head(q, k, v, heads):
     """Scaled dot-product attention per head: q [B, T, D], k and v [B, K, D] -> [B, T, D]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B,heads,T or K,D/heads
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # B,T,D
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch's own is slow there, backwards above all
+        mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    return mixed.transpose(1, 2).flatten(2)  # B,T,D
 
 
 class Mlp(nn.Module):
@@ -163,7 +167,7 @@ class ViT(nn.Module):
             raise ValueError(f"{heads} heads do not divide the width {dim}")
         self.patch_size, self.dim, self.heads = patch_size, dim, heads
         self.grid = (height // patch_size, width // patch_size)
-        self.grad_checkpoint = False  # recompute each block in the backward pass: slower, much less memory
+        self.grad_checkpoint = 0  # so many blocks are recomputed in the backward pass: slower, less memory
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         tokens = self.grid[0] * self.grid[1] + int(class_token)
@@ -197,8 +201,8 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             token = self.cls_token + self.pos_embed[:, :1] if position else self.cls_token
             x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            if self.grad_checkpoint and self.training:
+        for i, block in enumerate(self.blocks):
+            if i < self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, attend, use_reentrant=False)
             else:
                 x = block(x, attend)

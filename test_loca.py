@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -284,6 +285,11 @@ def tiny_views(batch=2, focal=3):
     }
 
 
+def plain_attention(q, k, v, heads):
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def plain_step(model, teacher, views, visible, keep):
     """The published step, slowly and one view at a time: the reference for values and for speed."""
     with torch.no_grad():
@@ -327,6 +333,19 @@ def plain_step(model, teacher, views, visible, keep):
         "position_accuracy": correct / count,
         "target_entropy": -(targets * targets.log())[:, ::5].sum(-1).mean(),
     }
+
+
+def test_bf16_attention_equals_torchs_in_float32():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, n, 24, dtype=torch.bfloat16) for n in (5, 7, 7)]
+    outputs = []
+    for attention, dtype in ((loca.multi_head, torch.bfloat16), (plain_attention, torch.float32)):
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
+        mixed = attention(q, k, v, heads=3)
+        outputs.append([mixed, *torch.autograd.grad((mixed * mixed.detach()).sum(), (q, k, v))])
+        assert mixed.dtype == dtype
+    for ours, theirs in zip(*outputs):
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02)
 
 
 def test_step_equals_the_plain_one():
@@ -997,22 +1016,22 @@ def train_still(count):
 
 
 def test_colours_in_parts(monkeypatch):
-    """Views that exceed the cache are coloured in parts, each with parameters of its own."""
-    torch.manual_seed(0)
-    views = torch.full((40, 3, 128, 128), 128, dtype=torch.uint8)
-    result = train.colours(views)
-    assert result.shape == views.shape and len(result[:, :, 0, 0].unique(dim=0)) > 25
-    colours = train.colours
-    given = spy(monkeypatch, train, "colours", lambda views, *chances: chances[:2])
-    colours(views, 0.2, 0.5)
-    assert len(given) == 5 and set(given) == {(0.2, 0.5)}
+    """Views that exceed the cache are coloured in parts, with the parameters that they have at once."""
+    sizes, results = spy(monkeypatch, train, "blur", lambda x, kernels: len(x)), []
+    for side in (128, 16):
+        torch.manual_seed(0)
+        views = torch.full((40, 3, side, side), 128, dtype=torch.uint8)
+        results.append(train.colours(views, 0.2, 0.5)[:, :, side // 2, side // 2])
+    assert sizes == [4] * 10 + [40] and len(results[0].unique(dim=0)) > 25
+    torch.testing.assert_close(*results)
 
 
 def test_blur_is_gaussian():
     torch.manual_seed(0)
     x = torch.rand(8, 3, 60, 60)
     torch.manual_seed(1)
-    blurred = train.blur(x, 1.0)
+    cpu = torch.device("cpu")
+    blurred = train.blur(x, train.draw_blur(8, 60, 1.0, cpu))
     torch.manual_seed(1)
     sigmas = torch.empty(8, 1).uniform_(0.1, 2.0)
     for v in range(8):
@@ -1022,7 +1041,7 @@ def test_blur_is_gaussian():
             atol=1e-5,
             rtol=1e-5,
         )
-    assert torch.equal(train.blur(x, 0.0), x)
+    assert torch.equal(train.blur(x, train.draw_blur(8, 60, 0.0, cpu)), x)
 
 
 def test_solarisation_and_blur_are_of_the_views_that_they_belong_to(monkeypatch):
@@ -1402,9 +1421,9 @@ def test_schedules_reach_the_steps(tmp_path, monkeypatch):
 
 
 def test_settings_reach_the_model():
-    s = train.read_settings([*SMALL, "--grad-checkpoint", "--position-std", "3", "--drop-path", "0.4"], 1)
+    s = train.read_settings([*SMALL, *"--grad-checkpoint 1 --position-std 3 --drop-path 0.4".split()], 1)
     model = train.build(s)
-    assert model.encoder.grad_checkpoint and 2 < model.encoder.pos_embed.std() < 4
+    assert model.encoder.grad_checkpoint == 1 and 2 < model.encoder.pos_embed.std() < 4
     assert [block.drop_path for block in model.encoder.blocks] == [0, 0.4]
 
 
@@ -1527,15 +1546,16 @@ def test_the_first_bad_step_is_named():
 def test_grad_checkpoint_changes_no_gradient(monkeypatch):
     views, gradients = tiny_views(), []
     calls = spy(monkeypatch, loca, "checkpoint", lambda block, *given, **options: block)
-    for checkpointed in (False, True):
-        assert not calls
+    for blocks in (0, 1, 1000):
         model = tiny(prototypes=0)
-        model.encoder.grad_checkpoint = checkpointed
+        model.encoder.grad_checkpoint = blocks
         torch.manual_seed(7)
         model(views)["loss"].backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    assert calls == [*model.encoder.blocks] * 3  # for the reference, the random query and the focal ones
-    torch.testing.assert_close(*gradients)
+        views_encoded = 3  # reference, random query, focal queries
+        assert calls == [*model.encoder.blocks[:blocks]] * views_encoded
+        calls.clear()
+    torch.testing.assert_close(gradients[1:], gradients[:1] * 2)
 
 
 def run_with_fault(folder, fault, processes, *torchrun_flags, flags=()):
@@ -2749,7 +2769,8 @@ def test_seg_checkpoint_of_other_classes_is_refused(seg, tmp_path, capsys):
 
 
 def whole_step(plain, precision, flags):
-    """A training step on the CPU, as a function: ours, or the plain one with torch's own choice of attention."""
+    """A training step on the CPU, as a function: ours, or the plain one with torch's own attention and no block
+    recomputed."""
     s, cpu = train.read_settings(["--data", "photos", *flags], 1), torch.device("cpu")
     torch.manual_seed(0)
     model = train.build(s)
@@ -2762,16 +2783,15 @@ def whole_step(plain, precision, flags):
         "focal": torch.randn(batch, focal, 3, small, small),
         "focal_targets": torch.randint(-60, n, (batch, focal, (small // s["patch_size"]) ** 2)).clamp(min=-1),
     }
-    forward = functools.partial(plain_step, model) if plain else model
+    forward, attention = model, loca.multi_head
+    if plain:
+        forward, attention = functools.partial(plain_step, model), plain_attention
+        model.encoder.grad_checkpoint = 0
 
     def step():
-        train.choose_precision(cpu, precision)
-        if plain:
-            torch.backends.cuda.enable_flash_sdp(True)
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
         visible = loca.choose_tokens(n, model.visible_tokens)
         keep = loca.choose_tokens(n, model.query_tokens, "unstructured")
-        with train.autocast(precision, cpu):
+        with train.autocast(precision, cpu), mock.patch.object(loca, "multi_head", attention):
             loss = forward(views=views, teacher=teacher, visible=visible, keep=keep)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -2789,25 +2809,33 @@ def peak_of_steps(plain, precision, flags):
     return train.peak_memory(torch.device("cpu"))
 
 
-def compare(precisions=("bf16", "float32"), rounds=9, flags=("--model", "S/16", "--batch", "8")):
-    """`python test_loca.py`: the peak memory of each step in a process of its own, then both in turns in this one."""
-    context, peaks = multiprocessing.get_context("spawn"), {}
-    for key in itertools.product((True, False), precisions):  # first: a child's peak starts at its parent's
-        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-            peaks[key] = pool.submit(peak_of_steps, *key, flags).result()
+def seconds_of_steps(precision, rounds, flags):
+    """Seconds of the plain step and of ours, in turns: [rounds, 2]."""
+    steps, seconds = [whole_step(plain, precision, flags) for plain in (True, False)], []
+    for _ in range(rounds + 1):  # the first is not counted
+        ends = [time.perf_counter()]
+        for step in steps:
+            step()
+            ends.append(time.perf_counter())
+        seconds.append(np.diff(ends))
+    return np.array(seconds[1:])
+
+
+def compare(precisions=("bf16", "float32"), rounds=9, flags=()):
+    """`python test_loca.py`: peak memory and time of each step; flags are train.py's. Each figure is measured in a
+    process of its own, as what ran before has its say in how the allocator then fares."""
+
+    def alone(function, *args):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+
     for precision in precisions:
-        steps, seconds = [whole_step(plain, precision, flags) for plain in (True, False)], []
-        for _ in range(rounds + 1):
-            ends = [time.perf_counter()]
-            for step in steps:
-                step()
-                ends.append(time.perf_counter())
-            seconds.append(np.diff(ends))
-        plain, ours = np.median(seconds[1:], axis=0)
-        ratios = [a / b for a, b in seconds[1:]]
+        plain_peak, peak = (alone(peak_of_steps, plain, precision, flags) for plain in (True, False))
+        seconds = alone(seconds_of_steps, precision, rounds, flags)
+        ratios = seconds[:, 0] / seconds[:, 1]
+        plain, ours = np.median(seconds, axis=0)
         print(
-            f"{precision}: plain step {plain:.2f} s, {peaks[True, precision]:.2f} GiB; "
-            f"ours {ours:.2f} s, {peaks[False, precision]:.2f} GiB; "
+            f"{precision}: plain step {plain:.2f} s, {plain_peak:.2f} GiB; ours {ours:.2f} s, {peak:.2f} GiB; "
             f"{np.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
@@ -2822,4 +2850,4 @@ def test_comparison_with_the_plain_step(capsys):
 
 
 if __name__ == "__main__":
-    compare()
+    compare(flags=["--model", "S/16", "--batch", "8", *sys.argv[1:]])

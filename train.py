@@ -563,52 +563,58 @@ def draw_jitter(count, device):
     return matrix, shift[..., None, None].expand(-1, -1, 3, -1), of_mean[..., None, None]
 
 
-def blur(x, probability):
-    """Gaussian blur of some of the views [V, 3, s, s]: sigma u(0.1, 2), kernel of a tenth of the view."""
-    radius = x.shape[-1] // 10 // 2
-    sigma = torch.empty(len(x), 1, device=x.device).uniform_(0.1, 2.0)
-    taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = (-(taps**2) / (2 * sigma**2)).softmax(-1)  # V,k
-    chosen = torch.rand(len(x), 1, device=x.device) < probability
-    kernel = torch.where(chosen, kernel, (taps == 0).float()).repeat_interleave(3, 0)  # 3V,k
+def draw_blur(count, side, probability, device):
+    """Kernels [V, k] of a Gaussian blur for some of `count` views: sigma u(0.1, 2), k a tenth of the side; the
+    others' leave a view as it is."""
+    radius = side // 10 // 2
+    sigma = torch.empty(count, 1, device=device).uniform_(0.1, 2.0)
+    taps = torch.arange(-radius, radius + 1, device=device)
+    chosen = torch.rand(count, 1, device=device) < probability
+    return torch.where(chosen, (-(taps**2) / (2 * sigma**2)).softmax(-1), (taps == 0).float())
+
+
+def blur(x, kernels):
+    """Blur each of the views [V, 3, s, s] with its own kernel of [V, k], along rows and columns."""
+    kernels = kernels.repeat_interleave(3, 0)  # 3V,k
+    radius = kernels.shape[1] // 2
     flat = F.pad(x.flatten(0, 1)[None], (radius,) * 4, mode="reflect")  # 1,3V,s+2r,s+2r
-    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(kernel))
-    return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view_as(x)
+    flat = F.conv2d(flat, kernels[:, None, :, None], groups=len(kernels))
+    return F.conv2d(flat, kernels[:, None, None, :], groups=len(kernels)).view_as(x)
 
 
-def colours(views, solarize=0.0, blur_probability=0.0, out=None):
+def colours(views, solarize=0.0, blur_probability=0.0):
     """Random colours for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalised
     float32.
 
     Jitter with values clipped to 0..1 after each operation, greyscale with probability 0.2, blur and
     solarisation with the given ones (released pipeline). No value goes back to the host. On the CPU as
-    many views at a time as its cache holds. out: where the result goes.
+    many views at a time as its cache holds.
     """
-    device, shape = views.device, views.shape
-    out = torch.empty(shape, device=device) if out is None else out
-    fitting = max(1, 2**17 // (shape[-1] * shape[-2]))
-    if device.type == "cpu" and len(views) > fitting:
-        for part, place in zip(views.split(fitting), out.split(fitting)):
-            colours(part, solarize, blur_probability, place)
-        return out
-    x = views.float().div_(255).flatten(2)  # V,3,ss
-    matrix, shift, of_mean = draw_jitter(len(x), device)
-    for k in range(4):
-        bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
-        x = torch.baddbmm(bias, matrix[:, k], x).clamp_(0, 1)
-    grey = torch.rand(len(x), 1, 1, device=device) < 0.2
-    eye = torch.eye(3, device=device)
-    mix = torch.where(grey, constant(GREY, device).expand(3, 3), eye)  # V,3,3
-    if blur_probability or solarize:
-        x, mix = mix @ x, eye.expand_as(mix)
-    if blur_probability:
-        x = blur(x.view(shape), blur_probability).flatten(2)
-    if solarize:
-        top = 2 - (torch.rand(len(x), 1, 1, device=device) < solarize).float()  # V,1,1: 1 where solarised
-        x = torch.minimum(x, top - x)  # 1 - x from 0.5 on; the others, which 2 - x is never below, stay
+    device, count, side = views.device, len(views), views.shape[-1]
     mean, std = (constant(values, device)[:, None] for values in (MEAN, STD))
-    torch.baddbmm((-mean / std).expand(len(x), 3, 1), mix / std, x, out=out.flatten(2))
-    return out
+    jitter = draw_jitter(count, device)
+    grey, eye = torch.rand(count, 1, 1, device=device) < 0.2, torch.eye(3, device=device)
+    mix = torch.where(grey, constant(GREY, device).expand(3, 3), eye)  # V,3,3
+    kernels = draw_blur(count, side, blur_probability, device)
+    top = 2 - (torch.rand(count, 1, 1, device=device) < solarize).float()  # V,1,1: 1 where solarised
+    result = torch.empty(views.shape, device=device)
+
+    fitting = max(1, 2**16 // side**2) if device.type == "cpu" else count
+    parts = [x.split(fitting) for x in (views.flatten(2), result.flatten(2), *jitter, mix, kernels, top)]
+    for x, out, matrix, shift, of_mean, mix, kernels, top in zip(*parts):
+        x = x.float().mul_(1 / 255)  # V,3,ss
+        spare = torch.empty_like(x)
+        for k in range(4):
+            bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
+            x, spare = torch.bmm(matrix[:, k], x, out=spare).add_(bias).clamp_(0, 1), x
+        if blur_probability or solarize:
+            x, mix = mix @ x, eye.expand_as(mix)
+        if blur_probability:
+            x = blur(x.unflatten(2, (side, side)), kernels).flatten(2)
+        if solarize:  # 1 - x from 0.5 on; the other views, which 2 - x is never below, stay
+            x = torch.minimum(x, top - x)
+        torch.bmm(mix / std, x, out=out).sub_(mean / std)
+    return result
 
 
 def plain_colours(views):
@@ -735,18 +741,12 @@ def autocast(precision, device):
 
 
 def choose_precision(device, asked=None):
-    """'bf16' where it is fast, else 'float32', unless one is asked for; sets the attention that is best with
-    it."""
+    """'bf16' where it is fast, else 'float32', unless one is asked for."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         can = torch.cpu.get_capabilities()
         fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
-    precision = asked or ("bf16" if fast else "float32")
-    if device.type == "cpu":
-        # on short sequences the plain attention's bf16 backward beats the tiled one's by far
-        torch.backends.cuda.enable_flash_sdp(precision == "float32")
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    return precision
+    return asked or ("bf16" if fast else "float32")
 
 
 def write_file(path, write):
@@ -1422,7 +1422,7 @@ def show(checkpoint, names, processes):
     encoder beside one of random weights), as one picture in --out."""
     require(Path(checkpoint).is_file(), f"--show {checkpoint}: there is no such checkpoint")
     saved = load_file(checkpoint)
-    trained = {**saved["settings"], "grad_checkpoint": False}
+    trained = {**saved["settings"], "grad_checkpoint": 0}
     set_seed(trained["seed"])
     model = build(trained).to(processes.device)
     scratch = copy.deepcopy(model.encoder)
@@ -1632,7 +1632,7 @@ def make_parser():
     g.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
     g.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
     g.add_argument("--compile", **yes_no, help="torch.compile the step: slow start, faster on GPUs")
-    g.add_argument("--grad-checkpoint", **yes_no, help="recompute blocks in the backward pass: less memory, slower")
+    g.add_argument("--grad-checkpoint", type=int, nargs="?", default=0, const=1000, metavar="N", help="recompute the first N blocks, or all, in the backward pass: less memory, slower")
     g.add_argument("--log-every", type=int, default=20, help="steps between log lines; processes agree to stop there")
     g.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
     g.add_argument("--keep", type=int, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: the last alone")

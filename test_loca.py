@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -2763,6 +2764,21 @@ def test_seg_checkpoint_of_other_classes_is_refused(seg, tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "x.pt")
     assert finetune_seg.main(["--predict", str(tmp_path), "--checkpoint", str(tmp_path / "x.pt")]) == 2
     assert "not a checkpoint of this script" in capsys.readouterr().err
+
+
+def test_the_readmes_masked_autoencoder(tmp_path):
+    """It runs, for two steps, and what it writes is an encoder that fine-tuning takes."""
+    script = re.search(r'```python\n("""python mae.py.*?)```', (HERE / "README.md").read_text(), re.S)[1]
+    short = script.replace("narrow = 2700, 64", "narrow = 2, 4")
+    assert short != script
+    (tmp_path / "mae.py").write_text(short)
+    Image.fromarray(train.draw_scene(0)[0]).save(tmp_path / "photo.png")
+    command = [sys.executable, "mae.py", ".", "mae.pt"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=90)
+    encoder = loca.ViT(192, 8, 192, 6, 3, 768)
+    said = loca.load_encoder(encoder, loca.load_weights(tmp_path / "mae.pt"))
+    assert said.startswith("77 tensors loaded; position embedding resized from 12x12 to 24x24")
 
 
 # ------------------------------------------------------- speed and memory of the step, beside the plain one

@@ -505,10 +505,13 @@ class CodeLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, prototypes, weights, temperature, rows):
-        parts = list(zip((features / temperature).split(rows), weights[:, None].split(rows)))
+        device = features.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+        matrix = prototypes.to(low)  # once, not for each part
+        parts = list(zip((features / temperature).to(low).split(rows), weights[:, None].split(rows)))
 
         def predict(part):
-            codes = (part @ prototypes.T).float()  # R,P
+            codes = (part @ matrix.T).float()  # R,P
             return codes, codes.softmax(-1)
 
         loss = mean = 0
@@ -527,7 +530,8 @@ class CodeLoss(torch.autograd.Function):
                 # over the devices, as DDP does, makes the 1/devices of the mean.
                 gradient = prediction * (log_mean / len(features))
                 gradient.addcmul_(prediction, weight - gradient.sum(-1, keepdim=True))  # R,P
-                of_features.append((gradient @ prototypes).float() / temperature)
+                gradient = gradient.to(low)
+                of_features.append((gradient @ matrix).float() / temperature)
                 of_prototypes += gradient.T @ part
             ctx.save_for_backward(torch.cat(of_features), of_prototypes)
         ctx.mark_non_differentiable(mean)

@@ -1793,6 +1793,17 @@ def test_a_missing_folder_is_named_with_its_flag(photos, tmp_path, capsys):
     assert f"train.py: --val {tmp_path}/none: there is no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    code = (
+        "import resource, train, torch\ntrain.Processes('cpu')\n"
+        "for _ in range(4): torch.ones(2**25); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=90)
+    *_, earlier, last = map(int, said.stdout.split())
+    assert last - earlier < 100  # an array has 32,768 pages
+
+
 def test_bench_is_of_one_process():
     with pytest.raises(train.Problem, match="without torchrun"):
         train.bench({}, SimpleNamespace(world=2))
@@ -2818,38 +2829,36 @@ def whole_step(plain, precision, flags):
     return step
 
 
-def peak_of_steps(plain, precision, flags):
-    step = whole_step(plain, precision, flags)
-    for _ in range(3):
-        step()
-    return train.peak_memory(torch.device("cpu"))
+def prepare(plain, *args):
+    """What a process of `compare` does first: the plain step has torch's defaults, ours is set up as in train.py."""
+    global measured
+    if not plain:
+        train.Processes("cpu")
+    measured = whole_step(plain, *args)
 
 
-def seconds_of_steps(precision, rounds, flags):
-    """Seconds of the plain step and of ours, in turns: [rounds, 2]."""
-    steps, seconds = [whole_step(plain, precision, flags) for plain in (True, False)], []
-    for _ in range(rounds + 1):  # the first is not counted
-        ends = [time.perf_counter()]
-        for step in steps:
-            step()
-            ends.append(time.perf_counter())
-        seconds.append(np.diff(ends))
-    return np.array(seconds[1:])
+def measure():
+    """Seconds of a step, and the peak memory of its process so far."""
+    start = time.perf_counter()
+    measured()
+    return time.perf_counter() - start, train.peak_memory(torch.device("cpu"))
 
 
 def compare(precisions=("bf16", "float32"), rounds=9, flags=()):
-    """`python test_loca.py`: peak memory and time of each step; flags are train.py's. Each figure is measured in a
-    process of its own, as what ran before has its say in how the allocator then fares."""
-
-    def alone(function, *args):
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, *args).result()
-
+    """`python test_loca.py`: time and peak memory of both steps, in turns; flags are train.py's. Each has a process
+    of its own, as what ran before has its say in how the allocator then fares."""
+    spawn = multiprocessing.get_context("spawn")
     for precision in precisions:
-        plain_peak, peak = (alone(peak_of_steps, plain, precision, flags) for plain in (True, False))
-        seconds = alone(seconds_of_steps, precision, rounds, flags)
+        workers = [
+            concurrent.futures.ProcessPoolExecutor(1, spawn, prepare, (plain, precision, flags))
+            for plain in (True, False)
+        ]
+        turns = [[worker.submit(measure).result() for worker in workers] for _ in range(rounds + 2)]
+        for worker in workers:
+            worker.shutdown()
+        seconds, peaks = np.array(turns[2:]).transpose(2, 0, 1)  # the first two are not counted
         ratios = seconds[:, 0] / seconds[:, 1]
-        plain, ours = np.median(seconds, axis=0)
+        (plain, ours), (plain_peak, peak) = np.median(seconds, axis=0), peaks[-1]
         print(
             f"{precision}: plain step {plain:.2f} s, {plain_peak:.2f} GiB; ours {ours:.2f} s, {peak:.2f} GiB; "
             f"{np.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"

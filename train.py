@@ -8,6 +8,7 @@ seed and of the step, epoch or image it is for, so a resumed run goes on as if i
 import argparse
 import contextlib
 import copy
+import ctypes
 import functools
 import io
 import itertools
@@ -692,6 +693,8 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        if self.device.type == "cpu" and sys.platform == "linux":
+            keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
@@ -733,6 +736,12 @@ class Processes:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory for the next step; it would give large arrays back and take them page by page."""
+    for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: none apart; M_TRIM_THRESHOLD: none given back
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def autocast(precision, device):

@@ -488,7 +488,7 @@ def feature_loss(features, prototypes, clusters, targets, temperature=0.1, rows=
     centres = (clusters @ prototypes).float()  # B,N,E
     agreement = (features * take(centres, targets.clamp(min=0))).sum(-1) / temperature  # B,T
     if rows is None:
-        rows = max(1, 2 ** (20 if features.device.type == "cpu" else 22) // len(prototypes))
+        rows = max(1, 2 ** (20 if features.device.type == "cpu" else 24) // len(prototypes))
     loss, mean = CodeLoss.apply(features.flatten(0, 1), prototypes, weights.flatten(), temperature, rows)
     loss, entropy = loss - (weights * agreement).sum(), torch.special.entr(mean).sum()
     return loss, loss.detach() + entropy, entropy.exp()

@@ -1,4 +1,5 @@
-"""Tests: against recordings of the released code, slow plain versions, and invariants. No network, no GPU."""
+"""Tests: against recordings of the released code, slow plain versions, and invariants. They need no network and no
+GPU; where there is one, the last of them run on it."""
 
 import concurrent.futures
 import functools
@@ -206,18 +207,20 @@ def gradient_norms(model, parameters):
     own = loca.published_to_state_dict(numbers)
     squares = torch.zeros(len(numbers), dtype=torch.float64)
     for name, p in model.named_parameters():
-        squares.index_add_(0, own[name].flatten().long(), p.grad.double().flatten() ** 2)
+        squares.index_add_(0, own[name].flatten().long(), p.grad.cpu().double().flatten() ** 2)
     return squares.sqrt()
 
 
-def check_recorded(name, rank=0):
+def check_recorded(name, rank=0, device="cpu"):
     record = RECORDED[name]
     student, teacher_parameters, views, offset, kept = draw_recorded(record)
     assert offset == record["offset"]
-    model = recorded_model(student, record["feature"])
-    teacher = loca.make_teacher(recorded_model(teacher_parameters)) if record["feature"] else None
+    model = recorded_model(student, record["feature"]).to(device)
+    teacher = loca.make_teacher(recorded_model(teacher_parameters).to(device)) if record["feature"] else None
     net = torch.nn.parallel.DistributedDataParallel(model) if record["devices"] > 1 else model
-    losses = net(views[rank], teacher, visible=torch.arange(offset, offset + 39), keep=kept)
+    views = {name: view.to(device) for name, view in views[rank].items()}
+    visible = torch.arange(offset, offset + 39, device=device)
+    losses = net(views, teacher, visible=visible, keep=kept.to(device))
     losses["loss"].backward()
     for ours, theirs in (("loss", "total_loss"), ("position_loss",) * 2, ("feature_loss",) * 2):
         assert losses[ours].item() == pytest.approx(record[theirs][rank], rel=2e-6)
@@ -1306,6 +1309,30 @@ def test_a_killed_worker_is_named_and_none_outlives_its_parent(victim, tmp_path)
     while any(os.path.exists(f"/proc/{worker}") for worker in workers):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_workers_end_with_the_reading(kept, monkeypatch):
+    """Also where something, as the traceback of an error, still holds their loader's iterator."""
+    start, held = train.DataLoader.__iter__, []
+    if kept:
+        monkeypatch.setattr(train.DataLoader, "__iter__", lambda self: held.append(start(self)) or held[-1])
+    before, views = multiprocessing.active_children(), train.Views(train.Scenes(4), view_settings())
+    batches = train.feed(views, 1, torch.device("cpu"), batch_sampler=[[(0, 0)]] * 100)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    others = train.feed(views, 1, torch.device("cpu"), batch_sampler=[[(0, 1)]])
+    assert len(list(others)) == 1 and worker.is_alive()  # theirs alone
+    batches.close()
+    worker.join(10)
+    assert not worker.is_alive() and worker.exitcode == (-signal.SIGKILL if kept else 0)
+
+
+def test_reading_for_the_cpu_leaves_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("starts CUDA"))
+    views = train.Views(train.Scenes(1), view_settings())
+    assert len(list(train.feed(views, 0, torch.device("cpu"), batch_sampler=[[(0, 0)]]))) == 1
 
 
 def test_two_processes_and_another_number_of_them(tmp_path):
@@ -2795,12 +2822,11 @@ def test_the_readmes_masked_autoencoder(tmp_path):
 # ------------------------------------------------------- speed and memory of the step, beside the plain one
 
 
-def whole_step(plain, precision, flags):
-    """A training step on the CPU, as a function: ours, or the plain one with torch's own attention and no block
-    recomputed."""
-    s, cpu = train.read_settings(["--data", "photos", *flags], 1), torch.device("cpu")
+def whole_step(plain, precision, device, flags):
+    """A training step, as a function: ours, or the plain one with torch's own attention and no block recomputed."""
+    s = train.read_settings(["--data", "photos", *flags], 1)
     torch.manual_seed(0)
-    model = train.build(s)
+    model = train.build(s).to(device)
     teacher, optimizer = loca.make_teacher(model), torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     batch, focal, large, small, n = s["batch"], s["focal"], s["image_size"], s["focal_size"], model.positions
     views = {
@@ -2810,47 +2836,49 @@ def whole_step(plain, precision, flags):
         "focal": torch.randn(batch, focal, 3, small, small),
         "focal_targets": torch.randint(-60, n, (batch, focal, (small // s["patch_size"]) ** 2)).clamp(min=-1),
     }
+    views = {name: view.to(device) for name, view in views.items()}
     forward, attention = model, loca.multi_head
     if plain:
         forward, attention = functools.partial(plain_step, model), plain_attention
         model.encoder.grad_checkpoint = 0
 
     def step():
-        visible = loca.choose_tokens(n, model.visible_tokens)
-        keep = loca.choose_tokens(n, model.query_tokens, "unstructured")
-        with train.autocast(precision, cpu), mock.patch.object(loca, "multi_head", attention):
+        visible = loca.choose_tokens(n, model.visible_tokens, device=device)
+        keep = loca.choose_tokens(n, model.query_tokens, "unstructured", device)
+        with train.autocast(precision, device), mock.patch.object(loca, "multi_head", attention):
             loss = forward(views=views, teacher=teacher, visible=visible, keep=keep)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loca.update_teacher(teacher, model, 0.99)
+        return loss
 
     return step
 
 
-def prepare(plain, *args):
-    """What a process of `compare` does first: the plain step has torch's defaults, ours is set up as in train.py."""
+def prepare(plain, precision, device, flags):
+    """What a process of `compare` does first: ours is set up as in train.py, the plain step has torch's defaults."""
     global measured
-    if not plain:
-        train.Processes("cpu")
-    measured = whole_step(plain, *args)
+    where = torch.device(device) if plain else train.Processes(device).device
+    measured = whole_step(plain, precision, where, flags)
 
 
 def measure():
     """Seconds of a step, and the peak memory of its process so far."""
     start = time.perf_counter()
-    measured()
-    return time.perf_counter() - start, train.peak_memory(torch.device("cpu"))
+    loss = measured()
+    loss.item()  # a GPU has then done the step
+    return time.perf_counter() - start, train.peak_memory(loss.device)
 
 
-def compare(precisions=("bf16", "float32"), rounds=9, flags=()):
+def compare(device, precisions=("bf16", "float32"), rounds=9, flags=()):
     """`python test_loca.py`: time and peak memory of both steps, in turns; flags are train.py's. Each has a process
     of its own, as what ran before has its say in how the allocator then fares."""
     spawn = multiprocessing.get_context("spawn")
     for precision in precisions:
         workers = [
-            concurrent.futures.ProcessPoolExecutor(1, spawn, prepare, (plain, precision, flags))
+            concurrent.futures.ProcessPoolExecutor(1, spawn, prepare, (plain, precision, device, flags))
             for plain in (True, False)
         ]
         turns = [[worker.submit(measure).result() for worker in workers] for _ in range(rounds + 2)]
@@ -2860,7 +2888,7 @@ def compare(precisions=("bf16", "float32"), rounds=9, flags=()):
         ratios = seconds[:, 0] / seconds[:, 1]
         (plain, ours), (plain_peak, peak) = np.median(seconds, axis=0), peaks[-1]
         print(
-            f"{precision}: plain step {plain:.2f} s, {plain_peak:.2f} GiB; ours {ours:.2f} s, {peak:.2f} GiB; "
+            f"{precision}: plain step {plain:.3g} s, {plain_peak:.2f} GiB; ours {ours:.3g} s, {peak:.2f} GiB; "
             f"{np.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
@@ -2869,10 +2897,117 @@ def test_comparison_with_the_plain_step(capsys):
     tiny = (
         "--patch-size 8 --dim 24 --depth 1 --heads 3 --mlp-dim 48 --image-size 32 --focal-size 16 --batch 2"
     )
-    compare(["float32"], 1, [*tiny.split(), "--prototypes", "20"])
+    compare("cpu", ["float32"], 1, [*tiny.split(), "--prototypes", "20"])
     said = capsys.readouterr().out
     assert said.startswith("float32: plain step ") and said.count("GiB") == 2 and "times as fast" in said
 
 
+# -------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def gpu():
+    """The first GPU, its float32 products in full precision."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield torch.device("cuda:0")
+    torch.cuda.set_sync_debug_mode("default")
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", ["step_one_device", "step_position_loss_only"])
+def test_recorded_step_on_a_gpu(name, gpu):
+    check_recorded(name, device=gpu)
+
+
+def test_colours_on_a_gpu_equal_those_on_the_cpu(gpu, monkeypatch):
+    views = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8)
+    jitter, kernels = (
+        train.draw_jitter(6, torch.device("cpu")),
+        train.draw_blur(6, 40, 0.5, torch.device("cpu")),
+    )
+    monkeypatch.setattr(train, "draw_jitter", lambda count, device: [x.to(device) for x in jitter])
+    monkeypatch.setattr(train, "draw_blur", lambda count, side, chance, device: kernels.to(device))
+    for number in (0.15, 0.9):  # all views grey and solarised, or none
+        monkeypatch.setattr(torch, "rand", lambda *size, device=None: torch.full(size, number, device=device))
+        ours, theirs = train.colours(views.to(gpu), 0.2, 0.5).cpu(), train.colours(views, 0.2, 0.5)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_batches_reach_a_gpu_whole(gpu):
+    """While the GPU is behind, what is copied in the meantime neither changes nor comes too late."""
+    dataset = train.Views(train.Scenes(16), view_settings())
+    keys = [[(epoch, 4 * i + k) for k in range(4)] for epoch in range(4) for i in range(4)]
+    expected = train.feed(dataset, 0, torch.device("cpu"), batch_sampler=keys)
+    matrix, kept = torch.randn(8192, 8192, device=gpu), []
+    for batch in train.feed(dataset, 2, gpu, batch_sampler=keys):
+        _ = matrix @ matrix
+        kept.append({name: value.clone() for name, value in batch.items() if torch.is_tensor(value)})
+    for ours, theirs in zip(kept, expected, strict=True):
+        assert ours and all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (train, "--blur --clip 0"),
+        (train, "--accumulate 2 --grad-checkpoint --masking unstructured"),
+        (train, "--feature-weight 0"),
+        (train, "--single-image"),
+        (train, "--compile"),
+        (finetune_seg, "--optimizer adamw --clip 1 --drop-path 0.2"),
+        (finetune_seg, "--optimizer sgd --accumulate 2"),
+    ],
+)
+def test_steps_on_a_gpu_do_not_wait_for_it(script, flags, gpu, seg, tmp_path, monkeypatch):
+    """From the second step to the log line it is an error if the host waits for the device."""
+    after_step = train.Run.after_step
+
+    def watched(self, done):
+        if done == self.steps:
+            torch.cuda.set_sync_debug_mode("default")
+        stopped = after_step(self, done)
+        if 0 < done < self.steps:
+            torch.cuda.set_sync_debug_mode("error")
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                torch.ones(1, device=gpu).item()
+        return stopped
+
+    monkeypatch.setattr(train.Run, "after_step", watched)
+    start = SMALL if script is train else seg_flags(seg, tmp_path, "--evaluations", "1")
+    more = f"--steps 6 --log-every 6 --device cuda --precision bf16 --workers 2 --out {tmp_path} {flags}"
+    more += " --val-every 9" if script is train else ""
+    assert script.main([*start, *more.split()]) == 0
+
+
+def test_both_scripts_on_a_gpu(gpu, seg, photos, tmp_path, capsys):
+    """Pretraining, stopped and resumed; fine-tuning from it, evaluation, prediction; pictures; bench."""
+    pretrained, tuned = tmp_path / "pretrained", tmp_path / "tuned"
+    run = [*SMALL, *f"--device cuda --precision bf16 --lr 0.05 --out {pretrained}".split()]
+    before = train.Processes.listen
+    with mock.patch.object(train.Processes, "listen", lambda self: (before(self), setattr(self, "stop", 15))):
+        assert train.main([*run, "--steps", "40"]) == train.REQUEUE
+    assert train.main([*run, "--steps", "40"]) == 0
+    assert f"resuming {pretrained}/last.pt at step" in capsys.readouterr().out
+    assert all(math.isfinite(r["loss"]) for r in metrics(pretrained) if "loss" in r)
+    show = f"--show {pretrained}/last.pt --out {tmp_path}/show.png --device cuda"
+    assert train.main(show.split()) == 0
+    assert train.main([*run, "--bench", "--data", str(photos)]) == 0
+    flags = f"--init {pretrained}/last.pt --mlp-dim 16 --device cuda --precision bf16 --out {tuned}"
+    assert finetune_seg.main([*seg_flags(seg, tuned), *flags.split()]) == 0
+    checkpoint = f"--checkpoint {tuned}/best.pt --device cuda"
+    for what in (
+        f"--eval-only --multi-scale --data folder:{seg}/data --out {tmp_path}/eval",
+        f"--predict {photos} --out {tmp_path}/said",
+    ):
+        assert finetune_seg.main([*checkpoint.split(), *what.split()]) == 0
+    assert "mIoU" in capsys.readouterr().out and list((tmp_path / "said").iterdir())
+
+
 if __name__ == "__main__":
-    compare(flags=["--model", "S/16", "--batch", "8", *sys.argv[1:]])
+    compare(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        flags=["--model", "S/16", "--batch", "8", *sys.argv[1:]],
+    )

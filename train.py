@@ -480,18 +480,23 @@ def read_batches(dataset, workers, device, **order):
         multiprocessing_context=worker_server() if workers else None,
         **order,
     )
+    others = multiprocessing.active_children()
     batches = iter(loader)  # starts them
-    workers = {worker.sentinel: worker.pid for worker in multiprocessing.active_children()}
+    workers = {w.sentinel: w for w in multiprocessing.active_children() if w not in others}
     try:
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:
-        dead = [str(workers[end]) for end in multiprocessing.connection.wait(workers, timeout=1)]
+        dead = [str(workers[end].pid) for end in multiprocessing.connection.wait(workers, timeout=1)]
         if not dead:
             raise
         raise Problem(
             f"loader worker {', '.join(dead)} died, most likely because memory ran out: try fewer --workers, in a "
             "container more shared memory (/dev/shm); the same command goes on from the last checkpoint"
         ) from error
+    finally:
+        del batches  # they are told to end
+        for worker in workers.values():
+            worker.kill()  # one that has not, as it ignores what this process would end it with
 
 
 def feed(dataset, workers, device, **order):
@@ -499,7 +504,7 @@ def feed(dataset, workers, device, **order):
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     ready = None
     for batch in read_batches(dataset, workers, device, **order):
-        with torch.cuda.stream(stream):  # None: does nothing
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             moved = {
                 k: v.to(device, non_blocking=stream is not None) if torch.is_tensor(v) else v
                 for k, v in batch.items()
@@ -1539,9 +1544,10 @@ def bench(s, processes):
     count = s["batch"] // s["accumulate"]
     cropping, colouring, batch = bench_input(s, images, count)
     seconds, parts, operations, memory = bench_step(s, batch, device)
-    a = torch.randn(2048, 2048, device=device)
+    side = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device)
     a = a.bfloat16() if s["precision"] == "bf16" else a
-    rate = 2 * 2048**3 / clock(lambda: a @ a, device, 1.0, 5)  # of this machine, operations a second
+    rate = 2 * side**3 / clock(lambda: a @ a, device, 1.0, 5)  # of this machine, operations a second
     speed, feeding = count / seconds, s["workers"] / (cropping + colouring * (device.type == "cpu"))
     limit = "step" if feeding > speed else "data"
     needed = math.ceil(speed * cropping)
@@ -1552,7 +1558,7 @@ def bench(s, processes):
         (f"step, batch {count}, {s['precision']}, {device.type}", f"{speed:.2f} images/s"),
         *((f"  {name}", f"{part / seconds:.0%} of the step") for name, part in parts.items()),
         ("matrix products in a step", f"{operations / count / 1e9:.1f} GFLOP an image"),
-        ("rate of this machine, product of 2048 x 2048", f"{rate / 1e9:.0f} GFLOP/s"),
+        (f"rate of this machine, product of {side} x {side}", f"{rate / 1e9:.0f} GFLOP/s"),
         ("share of that rate in the step (MFU)", f"{operations / seconds / rate:.0%}"),
         ("peak memory", f"{memory:.2f} GiB"),
         ("workers that feed one device", f"{needed} (of {s['workers']}: the {limit} limits)"),

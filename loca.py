@@ -218,6 +218,18 @@ def resize_position_embedding(embedding, old, new):
     return F.interpolate(grid, size=new, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
 
 
+def sine_positions(grid, dim):
+    """A position embedding to be left as it is: sines and cosines of row and column (He et al. 2022). grid: (rows,
+    columns) -> [1, N, D]. Raises ValueError where 4 does not divide the width."""
+    if dim % 4:
+        raise ValueError(f"4 does not divide the width {dim}, as sines and cosines of rows and columns need")
+    waves = 10000 ** (torch.arange(dim // 4) / (dim // 4))
+    rows, columns = (torch.arange(side)[:, None] / waves for side in grid)
+    rows, columns = (torch.cat([x.sin(), x.cos()], 1) for x in (rows, columns))  # rows or columns,D/2
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)[None]
+
+
 def vit(size="B/16", image_size=224, **changes):
     """Build a ViT of a size named in SIZES; `changes` replace single settings. Raises ValueError for another
     name."""
@@ -309,7 +321,8 @@ class LOCA(nn.Module):
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.position_weight, self.feature_weight = position_weight, feature_weight
         self.single_image = single_image
-        encoder.pos_embed.requires_grad_(not single_image)
+        if single_image:
+            encoder.pos_embed.requires_grad_(False)
 
     def forward(self, views, teacher=None, visible=None, keep=None):
         """One training step's loss.

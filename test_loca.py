@@ -1455,6 +1455,21 @@ def test_settings_reach_the_model():
     assert [block.drop_path for block in model.encoder.blocks] == [0, 0.4]
 
 
+def test_fixed_positions(tmp_path):
+    """Sines and cosines, number by number; training leaves them as they are."""
+    positions = loca.sine_positions((2, 3), 8)
+    for row, column, k in itertools.product(range(2), range(3), range(2)):
+        angles = (row * 0.01**k, column * 0.01**k)  # 10000 ** (-k / 2)
+        expected = [f(angle) for angle in angles for f in (math.sin, math.cos)]
+        assert positions[0, 3 * row + column, k::2].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="width 6"):
+        loca.sine_positions((2, 3), 6)
+    assert train.main([*SMALL, "--steps", "2", "--fixed-positions", "--out", str(tmp_path)]) == 0
+    saved = weights(tmp_path)
+    for name in ("encoder.pos_embed", "teacher.encoder.pos_embed"):
+        torch.testing.assert_close(saved[name], loca.sine_positions((4, 4), 16), rtol=0, atol=1e-7)
+
+
 def test_a_run_that_does_not_learn_is_warned_of_once(monkeypatch):
     """A loss at chance after a quarter of the steps, few prototypes in use, features that are all alike."""
     run, said = train.Pretraining.__new__(train.Pretraining), []

@@ -864,7 +864,10 @@ def build(s):
         s["image_size"], s["patch_size"], s["dim"], s["depth"], s["heads"], s["mlp_dim"], s["drop_path"]
     )
     encoder.grad_checkpoint = s["grad_checkpoint"]
-    if s["position_std"]:
+    if s["fixed_positions"]:
+        positions = loca.sine_positions(encoder.grid, encoder.dim)
+        encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
+    elif s["position_std"]:
         nn.init.normal_(encoder.pos_embed, std=s["position_std"])
     names = (
         "head_hidden", "bottleneck", "masking_ratio", "masking", "query_tokens", "student_temperature",
@@ -1436,7 +1439,7 @@ def show(checkpoint, names, processes):
     encoder beside one of random weights), as one picture in --out."""
     require(Path(checkpoint).is_file(), f"--show {checkpoint}: there is no such checkpoint")
     saved = load_file(checkpoint)
-    trained = {**saved["settings"], "grad_checkpoint": 0}
+    trained = {"fixed_positions": False, **saved["settings"], "grad_checkpoint": 0}
     set_seed(trained["seed"])
     model = build(trained).to(processes.device)
     scratch = copy.deepcopy(model.encoder)
@@ -1620,6 +1623,7 @@ def make_parser():
     g.add_argument("--heads", type=int, help="attention heads")
     g.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
     g.add_argument("--position-std", type=float, help="initial position embedding; default: width ** -0.5; 1 learns positions sooner")
+    g.add_argument("--fixed-positions", **yes_no, help="sines and cosines instead of a learned position embedding; positions are found sooner")
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
     g.add_argument("--prototypes", type=int, default=4096, help="clusters of the feature loss; fewer for small data")
     g.add_argument("--head-hidden", type=int, default=2048, help="hidden width of the projection head")

@@ -223,11 +223,9 @@ def sine_positions(grid, dim):
     columns) -> [1, N, D]. Raises ValueError where 4 does not divide the width."""
     if dim % 4:
         raise ValueError(f"4 does not divide the width {dim}, as sines and cosines of rows and columns need")
-    waves = 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    rows, columns = (torch.arange(side)[:, None] / waves for side in grid)
-    rows, columns = (torch.cat([x.sin(), x.cos()], 1) for x in (rows, columns))  # rows or columns,D/2
-    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)[None]
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # N,2
+    angles = places[..., None] / 10000 ** (torch.arange(dim // 4) / (dim // 4))  # N,2,D/4
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)[None]
 
 
 def vit(size="B/16", image_size=224, **changes):

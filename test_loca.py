@@ -846,6 +846,16 @@ def test_every_kind_of_image_comes_out_upright_and_rgb(decoder, photos, monkeypa
         ), (name, error)
 
 
+def test_a_torchvision_of_another_torch(photos, tmp_path):
+    """It fails to import, and not with an ImportError: Pillow stands in, in worker processes too."""
+    save = tmp_path / "torchvision/__init__.py"
+    save.parent.mkdir()
+    save.write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    command = [sys.executable, HERE / "train.py", *SMALL, "--data", photos, "--workers", "1", "--steps", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([*command, "--out", tmp_path / "run"], env=environment, check=True, timeout=90)
+
+
 def test_list_of_images(photos, tmp_path):
     names = [os.path.relpath(p, photos) for p in photos.rglob("*") if p.suffix.lower() in train.EXTENSIONS]
     files = train.find_images(photos, tmp_path / "list.npz")
@@ -1820,8 +1830,9 @@ def test_workers_are_shared_out_also_where_the_own_cores_are_not_known(monkeypat
     assert train.launch("train.py", lambda *_: (settings,), lambda s, processes: s["workers"]) == 3
 
 
-def test_bench(photos, capsys):
-    threads = torch.get_num_threads()
+def test_bench(photos, capsys, monkeypatch):
+    clock, threads = train.clock, torch.get_num_threads()
+    monkeypatch.setattr(train, "clock", lambda function, device, *_: clock(function, device, 0.1))
     assert train.main([*SMALL, "--bench", "--data", str(photos)]) == 0
     assert torch.get_num_threads() == threads
     said = capsys.readouterr().out
@@ -2887,11 +2898,14 @@ def measure():
     return time.perf_counter() - start, train.peak_memory(loss.device)
 
 
-def compare(device, precisions=("bf16", "float32"), rounds=9, flags=()):
-    """`python test_loca.py`: time and peak memory of both steps, in turns; flags are train.py's. Each has a process
-    of its own, as what ran before has its say in how the allocator then fares."""
+def compare(device, rounds=9, flags=()):
+    """`python test_loca.py`: time and peak memory of both steps, in turns, in float32 and, where it is fast, in bf16,
+    or in the one that is asked for; flags are train.py's. Each step has a process of its own, as what ran before has
+    its say in how the allocator then fares."""
+    asked = train.read_settings(["--data", "photos", *flags], 1)["precision"]
+    fastest = train.choose_precision(torch.device(device), asked)
     spawn = multiprocessing.get_context("spawn")
-    for precision in precisions:
+    for precision in [fastest] if asked or fastest == "float32" else [fastest, "float32"]:
         workers = [
             concurrent.futures.ProcessPoolExecutor(1, spawn, prepare, (plain, precision, device, flags))
             for plain in (True, False)
@@ -2912,7 +2926,7 @@ def test_comparison_with_the_plain_step(capsys):
     tiny = (
         "--patch-size 8 --dim 24 --depth 1 --heads 3 --mlp-dim 48 --image-size 32 --focal-size 16 --batch 2"
     )
-    compare("cpu", ["float32"], 1, [*tiny.split(), "--prototypes", "20"])
+    compare("cpu", 1, [*tiny.split(), "--prototypes", "20", "--precision", "float32"])
     said = capsys.readouterr().out
     assert said.startswith("float32: plain step ") and said.count("GiB") == 2 and "times as fast" in said
 

@@ -39,8 +39,8 @@ import loca
 
 try:
     from torchvision.io import ImageReadMode, decode_image
-except ImportError:  # deprecated there, to go in a later version; Pillow reads the same images, more slowly
-    decode_image = None
+except (ImportError, RuntimeError):  # a later torchvision without it, or one built for another torch
+    decode_image = None  # Pillow reads the same images, more slowly
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 REQUEUE = 75  # exit code of a run that was told to stop and has saved (EX_TEMPFAIL)
@@ -460,7 +460,7 @@ def worker_server():
     """Worker processes are forked from a small server process, not from this one: a fork of a process with
     communication threads can come up with a lock that nobody holds any more, and hang (Python 3.11)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision"])
+    context.set_forkserver_preload(["torch", "torchvision"] if decode_image else ["torch"])
     handlers = ignore_signals()  # the server inherits it
     forkserver.ensure_running()
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
@@ -846,7 +846,7 @@ def peak_memory(device):
 
 def set_seed(*parts):
     """Seed torch on all devices from several numbers, without waiting for any."""
-    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1)
 
 
 # ---------------------------------------------------------------------------------------------- model

@@ -208,8 +208,7 @@ def find_files(root, pattern):
 
 
 def find_pairs(name, folder, split):
-    """(image file, mask file) of every image of a split, in the order of names. Raises Problem where the
-    layout is not there or an image has no mask."""
+    """(image file, mask file) of a split, in the order of names. Raises Problem where one is not there."""
     data, flag = DATASETS[name], f"--data {name}:{folder}"
     layouts = [[p and p.format(split=data.splits[split]) for p in patterns] for patterns in data.layouts]
     for part, (images, masks, listing) in itertools.product(data.roots, layouts):
@@ -320,8 +319,7 @@ class DrawnScenes(Labelled):
 
 
 def check_masks(parts, processes):
-    """Read all masks once, this process its share -> the largest class. Raises Problem, on all processes,
-    that names the files that are wrong."""
+    """Read all masks once, shared out -> the largest class. Raises Problem on all: it names wrong files."""
     jobs = [(part, i) for part in parts for i in range(len(part))][processes.rank :: processes.world]
 
     def check(job):
@@ -335,17 +333,15 @@ def check_masks(parts, processes):
         results = list(pool.map(check, jobs))
     wrong = [text for _, text in results if text]
     found = processes.sum([float(len(wrong))])[0]
-    if found:
-        raise Problem(f"{found:.0f} masks are wrong; {'; '.join(wrong[:3]) or 'another process names them'}")
+    require(not found, f"{found:.0f} masks are wrong; {'; '.join(wrong[:3]) or 'another process names them'}")
     counts = torch.zeros(2**8)
     counts[max((label for label, _ in results), default=0)] = 1.0
     return int(np.flatnonzero(processes.sum(counts))[-1])
 
 
 def open_data(s, processes, splits, classes=None):
-    """The named splits of the settings' data set, masks checked, the class names and the palette.
-
-    classes: names that a checkpoint carries; the data set is to have as many.
+    """The named splits of the settings' data set, masks checked, the class names and the palette. classes:
+    names that a checkpoint carries; the data set is to have as many.
     """
     name, folder = s["name"], s["folder"]
     if name == "scenes":
@@ -483,8 +479,7 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, images):
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            tokens = self.encoder(images)  # B,N,D
+        tokens = self.encoder(images)  # B,N,D
         grid = [side // self.encoder.patch_size for side in images.shape[-2:]]
         logits = self.decoder(tokens).float().transpose(1, 2).unflatten(2, grid)  # B,C,rows,columns
         return F.interpolate(logits, images.shape[-2:], mode="bilinear")
@@ -502,20 +497,20 @@ def build(s, classes):
 
 def read_weights(path, branch):
     """Weights to start from and the encoder's sizes as the file tells them: its settings, or its tensors'
-    shapes with heads 64 wide. Raises Problem."""
+    shapes, with the heads of the published size of that width, else 64 wide. Raises Problem."""
     try:
         state = loca.load_weights(path, branch)
     except (OSError, ValueError, ImportError) as error:
         raise Problem(f"--init {path}: {error}") from error
-    try:
+    settings = {}
+    with contextlib.suppress(Problem, KeyError, TypeError):  # not a checkpoint of ours
         settings = train.load_file(path)["settings"]
-    except (Problem, KeyError, TypeError):  # not a checkpoint of ours
-        settings = {}
     kernel, hidden = state["encoder.patch_embed.proj.weight"], state.get("encoder.blocks.0.mlp.fc1.weight")
     blocks = [key for key in state if re.fullmatch(r"encoder\.blocks\.\d+\.norm1\.weight", key)]
-    if kernel.ndim != 4 or hidden is None:
-        raise Problem(f"--init {path}: its entries are not those of a ViT")
-    shapes = (kernel.shape[-1], len(kernel), len(blocks), max(1, len(kernel) // 64), len(hidden))
+    require(kernel.ndim == 4 and hidden is not None, f"--init {path}: its entries are not those of a ViT")
+    known = {size["dim"]: size["heads"] for size in loca.SIZES.values()}  # those of H/16 are 80 wide
+    heads = known.get(len(kernel), max(1, len(kernel) // 64))
+    shapes = (kernel.shape[-1], len(kernel), len(blocks), heads, len(hidden))
     return state, {name: settings.get(name, value) for name, value in zip(SIZES, shapes)}
 
 
@@ -716,8 +711,7 @@ def paint(labels, palette):
 
 
 def legend(labels, classes, palette, height):
-    """A column with the colour and the name of every class in `labels`, the most frequent first; as high as
-    its entries need, `height` at least."""
+    """A column, `height` or more high: colour and name of every class in `labels`, most frequent first."""
     counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(classes)]
     shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
     font, row = ImageFont.load_default(13), 20
@@ -765,14 +759,14 @@ def draw_sheet(model, source, s, device, classes, palette, count=4, height=200):
 
 
 @torch.no_grad()
-def predict(s, saved, processes):
-    """Segment images with a checkpoint: NAME_mask.png in colours, NAME_overlay.png with a legend and
-    NAME_labels.png with class indices -> exit code."""
+def predict(s, saved, model, processes):
+    """Segment images: NAME_mask.png in colours, NAME_overlay.png with a legend, NAME_labels.png with class
+    indices -> exit code."""
     source, out, device = Path(s["predict"]), Path(s["out"]), processes.device
     files, root = [source], source.parent
     if source.is_dir():
         files, root = [source / name for name in train.find_images(source, named="--predict")], source
-    model, classes, palette = restore(s, saved, device)
+    classes, palette = saved["classes"], saved["palette"]
     stems = Counter(path.relative_to(root).with_suffix("") for path in files)
     failed = 0
     for path in files[processes.rank :: processes.world]:
@@ -795,13 +789,6 @@ def predict(s, saved, processes):
     if processes.sum([float(failed)])[0] == len(files):
         raise Problem(f"--predict {source}: none of the images can be read")
     return 0
-
-
-def restore(s, saved, device):
-    """Model, class names and palette of a checkpoint."""
-    model = build(s, len(saved["classes"]))
-    model.load_state_dict(saved["model"])
-    return model.to(device), saved["classes"], [tuple(colour) for colour in saved["palette"]]
 
 
 # ------------------------------------------------------------------------------------------------ loop
@@ -841,8 +828,7 @@ def finetune(s, weights, processes):
 
 
 def segmentation_loss(logits, labels):
-    """Mean cross-entropy over the pixels of logits [B, C, H, W] whose label uint8 [B, H, W] is not 255; 0
-    where there is none."""
+    """Mean cross-entropy of logits [B, C, H, W] where the label uint8 [B, H, W] is not 255; 0 without any."""
     labels = labels.long()
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
@@ -857,9 +843,8 @@ class Finetuning(train.Run):
         super().__init__(s, processes)
         (self.images, self.val), self.classes, self.palette = open_data(s, processes, ("train", "val"))
         whole = len(self.images)
-        if s["fraction"] != 1:
-            chosen = choose_subset(whole, s["fraction"], s["seed"])
-            self.images.pairs = [self.images.pairs[i] for i in chosen]
+        chosen = choose_subset(whole, s["fraction"], s["seed"])
+        self.images.pairs = [self.images.pairs[i] for i in chosen]
         self.epoch_images = len(self.images)
         self.count = self.epoch_images * math.ceil(s["batch"] / self.epoch_images)  # few images go round
         counted = whole if s["schedule_in"] == "steps" else self.epoch_images
@@ -923,10 +908,10 @@ class Finetuning(train.Run):
             say(f"from pretrained weights: python train.py, then {script} --out {out}_pretrained")
 
 
-def evaluate_only(s, saved, processes):
+def evaluate_only(s, saved, model, processes):
     """Evaluate a checkpoint on a split -> exit code."""
-    (source,), _, _ = open_data(s, processes, (s["split"],), saved["classes"])
-    model, classes, palette = restore(s, saved, processes.device)
+    classes, palette = saved["classes"], saved["palette"]
+    (source,), _, _ = open_data(s, processes, (s["split"],), classes)
     result = evaluate(model, source, s, processes, len(classes))
     report(result, classes, processes)
     if processes.main:
@@ -977,7 +962,7 @@ def make_parser():
     g.add_argument("--patch-size", type=int, help="side of a patch, pixels")
     g.add_argument("--dim", type=int, help="width")
     g.add_argument("--depth", type=int, help="blocks")
-    g.add_argument("--heads", type=int, help="attention heads; files that do not tell are taken to have heads 64 wide")
+    g.add_argument("--heads", type=int, help="attention heads; where the file does not tell: as in LOCA's size of that width, else 64 wide each")
     g.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
     g = parser.add_argument_group("sizes; defaults: the data set's")
@@ -1020,13 +1005,12 @@ def read_settings(arguments, world):
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
     not_told = argparse.Namespace(**dict.fromkeys(defaults))  # None everywhere: what differs was told
-    told = vars(parser.parse_args(arguments, not_told))
-    told = {key: value for key, value in told.items() if value is not None}
+    told = {k: v for k, v in vars(parser.parse_args(arguments, not_told)).items() if v is not None}
     s = {**defaults, **told}
     looking = s["eval_only"] or s["predict"]
     if looking:
         if s["eval_only"]:
-            told.setdefault("checkpoint", f"{s['out'] or default_out(split_data(s)[0])}/best.pt")
+            told.setdefault("checkpoint", f"{s['out'] or 'runs/finetune_' + split_data(s)[0]}/best.pt")
         content = read_checkpoint(told.get("checkpoint"))
         preset = content["settings"]
         s = {**defaults, **{k: v for k, v in preset.items() if k not in train.RUN_ONLY}, **told}
@@ -1045,7 +1029,7 @@ def read_settings(arguments, world):
             s["weight_decay"] = 0.05 if s["optimizer"] == "adamw" else 0.0
         if "epochs" in told and "steps" not in told:
             s["steps"] = None
-        s["out"] = s["out"] or default_out(name)
+        s["out"] = s["out"] or f"runs/finetune_{name}"
         content, sizes = starting_weights(s)
         s = {**s, **sizes, **loca.SIZES.get(s["model"], {}), **{k: told[k] for k in SIZES if k in told}}
     usual = sides(s | preset, "window" if looking else "crop")  # what the stride of the preset is for
@@ -1060,14 +1044,8 @@ def read_settings(arguments, world):
 def sides(s, key):
     """The setting `key` as [height, width]; the crop where it is not given."""
     given = [s[key]] if isinstance(s[key], int) else list(s[key] or sides(s, "crop"))
-    if len(given) > 2:
-        raise Problem(f"--{key} {' '.join(map(str, given))}: give a side, or height and width")
+    require(len(given) < 3, f"--{key} {' '.join(map(str, given))}: give a side, or height and width")
     return given * (3 - len(given))
-
-
-def default_out(name):
-    """The run folder of a data set where --out names none."""
-    return f"runs/finetune_{name}"
 
 
 def read_checkpoint(path):
@@ -1087,8 +1065,7 @@ def split_data(s):
     name, _, folder = s["data"].partition(":")
     if name not in DATASETS or not folder:
         raise Problem(f"--data {s['data']}: give NAME:DIR with a NAME of {', '.join(DATASETS)}")
-    if not os.path.isdir(folder) and not s["predict"]:
-        raise Problem(f"--data {s['data']}: there is no folder {folder}")
+    require(os.path.isdir(folder) or s["predict"], f"--data {s['data']}: there is no folder {folder}")
     return name, folder
 
 
@@ -1097,13 +1074,11 @@ def starting_weights(s):
     last = Path(s["out"], "last.pt")
     if last.exists():
         saved = train.load_file(last)
-        if "classes" not in saved:
-            raise Problem(f"{last} is of another script: give another --out")
+        require("classes" in saved, f"{last} is of another script: give another --out")
         return None, {name: saved["settings"][name] for name in SIZES}
     if s["init"] == "none":
         return None, {name: s[name] or loca.SIZES["B/16"][name] for name in SIZES}
-    if not os.path.isfile(s["init"]):
-        raise Problem(f"--init {s['init']}: there is no such file; none starts from scratch")
+    require(os.path.isfile(s["init"]), f"--init {s['init']}: there is no such file; none starts from scratch")
     return read_weights(s["init"], s["branch"])
 
 
@@ -1124,7 +1099,8 @@ def check_settings(s):
         require(s[name] == nearest, text)
     for side, step in zip(s["window"], s["stride"]):
         require(0 < step <= side, f"--stride {step}: it is to be above 0 and not above the window, {side}")
-    check_batch(s)
+    if not (s["eval_only"] or s["predict"]):
+        check_batch(s)
     require((s["classes"] or 0) < ILLEGAL, f"--classes {s['classes']}: {ILLEGAL - 1} at most")
     require(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
     splits = DATASETS[s["name"]].splits if s["name"] in DATASETS else {"train": "", "val": ""}
@@ -1142,9 +1118,16 @@ def check_settings(s):
 
 def dispatch(s, content, processes):
     """What the settings ask for -> exit code."""
-    if s["predict"]:
-        return predict(s, content, processes)
-    return evaluate_only(s, content, processes) if s["eval_only"] else finetune(s, content, processes)
+    if not (s["predict"] or s["eval_only"]):
+        return finetune(s, content, processes)
+    model = build(s, len(content["classes"]))
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:  # it lists all that does not fit
+        sizes = "--crop, --model or a size that was given"
+        raise Problem(f"--checkpoint {s['checkpoint']}: its weights do not fit; leave out {sizes}") from error
+    look = predict if s["predict"] else evaluate_only
+    return look(s, content, model.to(processes.device), processes)
 
 
 def main(arguments=None):

@@ -53,8 +53,7 @@ def _init_linear(layer, scheme):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over [B, N, D]; `attend` [K] or [B, K] limits keys and values to some
-    tokens."""
+    """Multi-head self-attention over [B, N, D]; `attend` [K] or [B, K]: the tokens of keys and values."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -148,17 +147,7 @@ class ViT(nn.Module):
     Raises ValueError where a patch does not divide the image or the heads do not divide the width.
     """
 
-    def __init__(
-        self,
-        image_size=224,
-        patch_size=16,
-        dim=768,
-        depth=12,
-        heads=12,
-        mlp_dim=3072,
-        drop_path=0.1,
-        class_token=False,
-    ):
+    def __init__(self, image_size, patch_size, dim, depth, heads, mlp_dim, drop_path=0.1, class_token=False):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or width % patch_size:
@@ -210,8 +199,7 @@ class ViT(nn.Module):
 
 
 def resize_position_embedding(embedding, old, new):
-    """Resize [1, N, D] from grid `old` to grid `new`, both (rows, columns), by antialiased bilinear
-    interpolation."""
+    """Resize [1, N, D] from grid `old` to grid `new`, both (rows, columns): bilinear, antialiased."""
     if tuple(old) == tuple(new):
         return embedding
     grid = embedding.unflatten(1, old).permute(0, 3, 1, 2)  # 1,D,rows,columns
@@ -229,8 +217,7 @@ def sine_positions(grid, dim):
 
 
 def vit(size="B/16", image_size=224, **changes):
-    """Build a ViT of a size named in SIZES; `changes` replace single settings. Raises ValueError for another
-    name."""
+    """A ViT of a size named in SIZES; `changes` replace settings. Raises ValueError for another name."""
     if size not in SIZES:
         raise ValueError(f"no ViT size {size!r}; there are {', '.join(SIZES)}")
     return ViT(image_size, **{**SIZES[size], **changes})
@@ -240,8 +227,7 @@ def vit(size="B/16", image_size=224, **changes):
 
 
 class ProjectionHead(nn.Module):
-    """Tokens [..., D] -> unit vectors [..., E] in float32, to be compared with normalised prototypes [P,
-    E]."""
+    """Tokens [..., D] -> unit vectors [..., E] in float32, to compare with normalised prototypes [P, E]."""
 
     def __init__(self, dim, hidden, bottleneck, prototypes):
         super().__init__()
@@ -265,8 +251,7 @@ class ProjectionHead(nn.Module):
 
 
 class PositionPredictor(nn.Module):
-    """Query tokens [B, T, D] and visible reference tokens [B, K, D] -> logits over N reference positions [B,
-    T, N]."""
+    """Query tokens [B, T, D], visible reference tokens [B, K, D] -> logits over positions [B, T, N]."""
 
     def __init__(self, dim, heads, mlp_dim, positions):
         super().__init__()
@@ -430,8 +415,7 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
 
 
 def visible_count(total, masking_ratio):
-    """Tokens left visible of `total` at masking ratio eta in 0..1, at least one. Raises ValueError outside
-    0..1."""
+    """Tokens left visible of `total`, at least one. Raises ValueError for a masking ratio outside 0..1."""
     if not 0 <= masking_ratio < 1:
         raise ValueError(f"the masking ratio is {masking_ratio}; it is to lie in 0..1, below 1")
     return max(1, int((1 - masking_ratio) * total + 1e-6))  # the 1e-6 undoes (1 - 0.9) * 100 = 9.99...
@@ -456,11 +440,8 @@ def choose_tokens(total, count, kind="consecutive", device=None):
 
 
 def position_loss(logits, targets):
-    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss,
-    accuracy.
-
-    Both are 0 for a batch without any target.
-    """
+    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and
+    accuracy, both 0 for a batch without any target."""
     logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT
     count = (targets >= 0).sum() + 1e-8
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
@@ -484,9 +465,8 @@ def sinkhorn(codes, temperature=0.05, rounds=3):
 
 
 def feature_loss(features, prototypes, clusters, targets, temperature=0.1, rows=None):
-    """Cross-entropy with the teacher's clusters, plus the mean-entropy term.
-
-    Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction.
+    """Cross-entropy with the teacher's clusters, plus the mean-entropy term -> the loss, the cross-entropy
+    alone, and the perplexity of the mean prediction.
 
     features [B, T, E] and prototypes [P, E] unit vectors, clusters [B, N, P] from sinkhorn, targets [B, T].
     The student's code is s = features @ prototypes.T / temperature. A row c of clusters sums to 1, so its
@@ -521,13 +501,10 @@ class CodeLoss(torch.autograd.Function):
         matrix = prototypes.to(low)  # once, not for each part
         parts = list(zip((features / temperature).to(low).split(rows), weights[:, None].split(rows)))
 
-        def predict(part):
-            codes = (part @ matrix.T).float()  # R,P
-            return codes, codes.softmax(-1)
-
         loss = mean = 0
         for part, weight in parts:
-            codes, prediction = predict(part)
+            codes = (part @ matrix.T).float()  # R,P
+            prediction = codes.softmax(-1)
             logsum = codes.amax(-1, keepdim=True) - prediction.amax(-1, keepdim=True).log()  # R,1
             loss, mean = loss + (weight * logsum).sum(), mean + prediction.sum(0)
         mean = sum_over_devices(mean / len(features)) / devices()
@@ -536,7 +513,7 @@ class CodeLoss(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             of_features, of_prototypes = [], torch.zeros_like(prototypes)
             for part, weight in parts:
-                _, prediction = predict(part)
+                prediction = (part @ matrix.T).float().softmax(-1)  # R,P
                 # The mean is the same on every device, and so is its gradient: averaging the parameters' gradients
                 # over the devices, as DDP does, makes the 1/devices of the mean.
                 gradient = prediction * (log_mean / len(features))
@@ -588,9 +565,7 @@ def update_teacher(teacher, model, momentum):
 
 def published_to_state_dict(flat):
     """State dict of a LOCA from published parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}.
-
-    Raises ValueError that names what is missing or left over.
-    """
+    Raises ValueError that names what is missing or left over."""
     left = {name: torch.as_tensor(value) for name, value in flat.items()}
     state = {}
 
@@ -704,15 +679,13 @@ def load_weights(path, branch="student"):
     file holds both. Raises ValueError for a file that holds none of these; a pickle is read with
     weights_only=True.
     """
-    with open(path, "rb") as file:
-        start = file.read(4)
-        if start[:2] not in (b"PK", b"\x80\x02"):  # neither of torch.save's formats
-            data = start + file.read()
     try:
-        if start[:2] not in (b"PK", b"\x80\x02"):
-            return published_to_state_dict(_read_published(data, branch))
-        return _find_vit(torch.load(path, map_location="cpu", weights_only=True), branch)
-    except ImportError:
+        with open(path, "rb") as file:
+            if file.read(2) in (b"PK", b"\x80\x02"):  # torch.save's formats
+                return _find_vit(torch.load(path, map_location="cpu", weights_only=True), branch)
+            file.seek(0)
+            return published_to_state_dict(_read_published(file.read(), branch))
+    except (ImportError, OSError):
         raise
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
         first_line = str(error).split("\n")[0]

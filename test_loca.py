@@ -951,16 +951,16 @@ def test_boxes_have_the_area_and_aspect_they_should():
 
 
 def test_order_covers_each_epoch_once_and_is_shared_out():
-    whole = list(train.Order(50, 12, seed=3, first=0, last=8))
-    assert whole != list(train.Order(50, 12, seed=4, first=0, last=8))
+    whole = list(train.order(50, 12, seed=3, first=0, last=8))
+    assert whole != list(train.order(50, 12, seed=4, first=0, last=8))
     assert all(len(batch) == 12 for batch in whole) and len(whole) == 8
     for epoch in range(2):
         keys = [key for batch in whole[4 * epoch : 4 * epoch + 4] for key in batch]
         assert {e for e, _ in keys} == {epoch} and len({n for _, n in keys}) == 48
     assert [n for _, n in whole[0]] != [n for _, n in whole[4]]
-    assert list(train.Order(50, 12, 3, 5, 8)) == whole[5:]  # resumed in the middle of an epoch
-    shares = [list(train.Order(50, 12, 3, 0, 8, rank, 2, accumulate=3)) for rank in range(2)]
-    assert len(shares[0]) == len(train.Order(50, 12, 3, 0, 8, 0, 2, accumulate=3)) == 24
+    assert list(train.order(50, 12, 3, 5, 8)) == whole[5:]  # resumed in the middle of an epoch
+    shares = [list(train.order(50, 12, 3, 0, 8, rank, 2, accumulate=3)) for rank in range(2)]
+    assert len(shares[0]) == 24
     for step in range(8):
         parts = [key for share in shares for micro in share[3 * step : 3 * step + 3] for key in micro]
         assert sorted(parts) == sorted(whole[step])
@@ -1705,8 +1705,10 @@ def test_unreadable_images(photos, tmp_path, capfd):
     assert "over 5 %" in capfd.readouterr().err
     for path in folder.iterdir():
         path.write_text("text")
-    assert train.main([*run, "--out", str(tmp_path / "all")]) == 2
-    assert "in a row cannot be read" in capfd.readouterr().err
+    for workers in "01":  # a worker process has no other words for it
+        assert train.main([*run, "--workers", workers, "--out", str(tmp_path / "all")]) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("train.py: 24 images in a row cannot be read, ") and error.count("\n") == 1
 
 
 def test_damaged_images_never_break_a_view(photos, tmp_path):
@@ -1765,6 +1767,7 @@ def test_files_are_never_half_written(tmp_path):
         ("--data nowhere", "there is no such folder"),
         ("--prototypes 0", "--feature-weight 0"),
         ("--position-weight 0 --feature-weight 0", "nothing is left"),
+        ("--position-weight 0 --single-image", "nothing is left"),
         ("--large-area 0.5 0.2", "--large-area 0.5 0.2"),
         ("--momentum 1.5", "--momentum 1.5"),
         ("--drop-path 1", "--drop-path 1"),
@@ -1879,7 +1882,7 @@ def test_colours_of_features_do_not_depend_on_the_sign_of_a_component(monkeypatc
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
-def test_show_and_curves(whole_run, photos, tmp_path, capsys):
+def test_show_and_curves(whole_run, seg, photos, tmp_path, capsys):
     out = tmp_path / "picture.png"
     images = [str(photos / "plain.png"), str(photos / "exif.jpg")]
     assert train.main([*SMALL, "--show", str(whole_run / "last.pt"), *images, "--out", str(out)]) == 0
@@ -1905,6 +1908,8 @@ def test_show_and_curves(whole_run, photos, tmp_path, capsys):
     for flags, said in (
         (["--show", "nowhere.pt"], "no such checkpoint"),
         (["--show", str(whole_run / "last.pt"), "nowhere.png"], "cannot read an image"),
+        (["--show", str(whole_run / "encoder.pt")], "not a checkpoint of train.py"),
+        (["--show", str(seg / "run/last.pt")], "not a checkpoint of train.py"),
         (["--curves", str(tmp_path)], "no metrics.jsonl"),
         (["--curves", str(half)], "no settings.json"),
     ):
@@ -2640,6 +2645,9 @@ def test_init_from_every_kind_of_weights(seg, tmp_path, capsys):
         assert torch.equal(model.encoder.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     s, model, said = start("foreign.pt", "--heads", "4")
     assert s["heads"] == 4 and s["depth"] == 2 and "class token dropped" in said and "from 4x4 to 2x3" in said
+    for dim, heads in ((256, 4), (384, 6), (1280, 16)):  # 64 wide, but for H/16
+        torch.save(loca.ViT(32, 8, dim, 1, 4, 8).state_dict(), tmp_path / "wide.pt")
+        assert finetune_seg.read_weights(tmp_path / "wide.pt", "student")[1]["heads"] == heads
     _, model, said = start("foreign.pt", "--class-token")
     assert "class token kept" in said and torch.equal(model.encoder.cls_token, encoder.cls_token)
     assert (
@@ -2807,6 +2815,16 @@ def test_seg_impossible_arguments(flags, said, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("finetune_seg.py: ")
     assert not any(tmp_path.iterdir())
+
+
+def test_seg_looking_at_a_checkpoint_asks_no_more_than_it_needs(seg, tmp_path, capsys):
+    """The batch of training plays no part; sizes that the weights do not have are named in one line."""
+    flags = ["--eval-only", "--checkpoint", str(seg / "run/best.pt"), "--out", str(tmp_path)]
+    s, _ = finetune_seg.read_settings(flags, 5)
+    assert s["batch"] % 5
+    assert finetune_seg.main([*flags, "--depth", "1", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "best.pt: its weights do not fit" in error and error.count("\n") == 1
 
 
 def test_seg_checkpoint_of_other_classes_is_refused(seg, tmp_path, capsys):

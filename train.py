@@ -67,8 +67,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Files:
-    """A list of file names in two arrays, which forked workers share without copying: bytes and end
-    offsets."""
+    """A list of file names in two arrays, bytes and end offsets: small, and soon sent to a worker process."""
 
     def __init__(self, names):
         self.text = np.frombuffer(b"".join(names), np.uint8)
@@ -121,8 +120,7 @@ def find_images(folder, cache=None, named="--data"):
 
 
 def read_image(path):
-    """Decode any image file as upright RGB: uint8 [3, H, W]. Raises whatever Pillow or the file system
-    raises."""
+    """Decode any image file as upright RGB: uint8 [3, H, W]. Raises what Pillow or the file system raises."""
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -169,8 +167,7 @@ _GRAIN = (6, 14, 40, 16, 22, 48, 5, 8, 18, 4)  # strength of the texture on each
 
 
 class _Canvas:
-    """Draws every part twice: its colour on the picture, its class on the label map, both at twice the
-    size."""
+    """Draws every part twice, at twice the size: its colour on the picture, its class on the label map."""
 
     def __init__(self, width, height):
         self.pictures = [Image.new("RGB", (2 * width, 2 * height)), Image.new("L", (2 * width, 2 * height))]
@@ -362,13 +359,13 @@ def random_box(height, width, area, rng):
 def read_or_next(source, number, read):
     """`read` the image of that number, or the next one that can be read -> what it gives, and '' or what was
     wrong with the first. Raises Problem after 100 in a row."""
-    wrong = ""
-    for i in range(min(len(source), 100)):
+    wrong, most = "", min(len(source), 100)
+    for i in range(most):
         try:
             return read((number + i) % len(source)), wrong
         except Exception as error:  # a damaged file can make a decoder say anything
             wrong = wrong or f"{source.name(number)!r}: {first_line(error)}"
-    raise Problem(f"100 images in a row cannot be read, the first is {wrong}")
+    raise Problem(f"{most} images in a row cannot be read, the first is {wrong}")
 
 
 class Views(Dataset):
@@ -406,37 +403,24 @@ class Views(Dataset):
 
 
 def crop(image, box, size, flip):
-    """Cut `box` out of an image uint8 [3, H, W] and resize it, bilinear with antialiasing -> uint8 [3, size,
-    size]."""
+    """Cut `box` out of uint8 [3, H, W] and resize it, bilinear with antialiasing -> uint8 [3, size, size]."""
     top, left, height, width = box
     part = image[None, :, top : top + height, left : left + width]
     view = F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
     return view.flip(-1) if flip else view
 
 
-class Order:
+def order(images, batch, seed, first, last, rank=0, world=1, accumulate=1):
     """Batches of keys (epoch, number) for the steps first..last-1: a new permutation each epoch, cut to whole
-    batches.
-
-    Each step's images are the same however many processes and micro-batches share them.
-    """
-
-    def __init__(self, images, batch, seed, first, last, rank=0, world=1, accumulate=1):
-        self.images, self.batch, self.seed, self.first, self.last = images, batch, seed, first, last
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-
-    def __len__(self):
-        return (self.last - self.first) * self.accumulate
-
-    def __iter__(self):
-        steps, shuffled = self.images // self.batch, None
-        for step in range(self.first, self.last):
-            epoch, i = divmod(step, steps)
-            if shuffled is None or i == 0:
-                shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-            numbers = shuffled[i * self.batch : (i + 1) * self.batch]
-            for part in numbers.reshape(self.accumulate, self.world, -1)[:, self.rank]:
-                yield [(epoch, int(number)) for number in part]
+    batches. Each step's images are the same however many processes and micro-batches share them."""
+    steps, shuffled = images // batch, None
+    for step in range(first, last):
+        epoch, i = divmod(step, steps)
+        if shuffled is None or i == 0:
+            shuffled = np.random.default_rng((seed, epoch)).permutation(images)
+        numbers = shuffled[i * batch : (i + 1) * batch]
+        for part in numbers.reshape(accumulate, world, -1)[:, rank]:
+            yield [(epoch, int(number)) for number in part]
 
 
 def ignore_signals():
@@ -468,8 +452,8 @@ def worker_server():
     return context
 
 
-def read_batches(dataset, workers, device, **order):
-    """Yield what worker processes read from `dataset` in an order: its batch_sampler, or sampler and
+def read_batches(dataset, workers, device, **sampling):
+    """Yield what worker processes read from `dataset`, `sampling` being a batch_sampler, or sampler and
     batch_size. Raises Problem where one of them died."""
     loader = DataLoader(
         dataset,
@@ -478,13 +462,15 @@ def read_batches(dataset, workers, device, **order):
         prefetch_factor=4 if workers else None,
         worker_init_fn=start_worker,
         multiprocessing_context=worker_server() if workers else None,
-        **order,
+        **sampling,
     )
     others = multiprocessing.active_children()
     batches = iter(loader)  # starts them
     workers = {w.sentinel: w for w in multiprocessing.active_children() if w not in others}
     try:
         yield from batches
+    except Problem as problem:  # a worker's comes wrapped in its traceback
+        raise Problem(str(problem).rpartition("Problem: ")[2].strip()) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         dead = [str(workers[end].pid) for end in multiprocessing.connection.wait(workers, timeout=1)]
         if not dead:
@@ -499,11 +485,11 @@ def read_batches(dataset, workers, device, **order):
             worker.kill()  # one that has not, as it ignores what this process would end it with
 
 
-def feed(dataset, workers, device, **order):
+def feed(dataset, workers, device, **sampling):
     """Yield the batches on `device`; on CUDA the next one is copied while the current step runs."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     ready = None
-    for batch in read_batches(dataset, workers, device, **order):
+    for batch in read_batches(dataset, workers, device, **sampling):
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             moved = {
                 k: v.to(device, non_blocking=stream is not None) if torch.is_tensor(v) else v
@@ -630,8 +616,7 @@ def plain_colours(views):
 
 
 def to_views(batch, s, augment=True):
-    """A collated batch of Views on the device -> the views of loca.LOCA.forward, colours and targets
-    included."""
+    """A collated batch of Views on the device -> the views of loca.LOCA.forward, with colours and targets."""
     reference, query, focal = batch["reference"], batch["query"], batch["focal"]
     if augment:
         chances = (1.0, 0.1, 0.5) if s["blur"] else (0.0, 0.0, 0.0)  # reference, random query, focal queries
@@ -680,8 +665,7 @@ def parameter_groups(model, weight_decay):
 
 
 class Processes:
-    """The device of this process and its place among all (torchrun's environment); one process without
-    torchrun."""
+    """This process's device and its place among all (torchrun's environment); one alone without torchrun."""
 
     def __init__(self, device=None):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -960,8 +944,7 @@ class Window:
             )
 
     def read(self, batch):
-        """Means over the window and all processes, images per second and share of waiting; the window starts
-        anew."""
+        """Means over the window and all processes, images per second, share of waiting; then starts anew."""
         seconds = time.perf_counter() - self.begin
         record = dict(zip(self.names, self.processes.sum(self.sums / (self.count * self.processes.world))))
         speed, waiting = (self.count - self.restored) * batch / seconds, self.waited / seconds
@@ -1014,8 +997,9 @@ class Run:
     def batches(self, dataset, count):
         """This process's micro-batches, of numbers below `count`, from the first step on."""
         s, p = self.s, self.processes
-        order = Order(count, s["batch"], s["seed"], self.first, self.steps, p.rank, p.world, s["accumulate"])
-        return feed(dataset, s["workers"], p.device, batch_sampler=order)
+        steps = (self.first, self.steps)
+        keys = order(count, s["batch"], s["seed"], *steps, p.rank, p.world, s["accumulate"])
+        return feed(dataset, s["workers"], p.device, batch_sampler=keys)
 
     def after_step(self, done):
         """Log, evaluate and save where it is time to -> whether the run was asked to stop and has saved."""
@@ -1137,10 +1121,8 @@ class Pretraining(Run):
         self.parts = {"model": self.model, "optimizer": self.optimizer}
         self.parts |= {"teacher": self.teacher} if self.teacher else {}
         self.warned = set()
-        self.chances = {
-            "position_loss": math.log(self.model.positions),
-            "cross_entropy": math.log(s["prototypes"]) if self.teacher else 0.0,
-        }
+        cluster = math.log(s["prototypes"]) if self.teacher else 0.0
+        self.chances = {"position_loss": math.log(self.model.positions), "cross_entropy": cluster}
         size = sum(x.numel() for x in self.model.encoder.parameters()) / 1e6
         self.begin(
             TERMS,
@@ -1223,25 +1205,21 @@ class Pretraining(Run):
 
 
 def check_same_run(path, old, new, processes):
-    """Raise Problem where the settings of a checkpoint and of this run differ in what makes the run; say what
-    else changed."""
+    """Raise Problem where a checkpoint's settings make another run than this one; say what else changed."""
     no_flags = {"world": "processes:", "images": "training images:"}
-    for key in sorted(old.keys() & new.keys()):
-        name = no_flags.get(key, flag(key))
-        if old[key] != new[key] and key not in RUN_ONLY:
-            raise Problem(
-                f"{path} was made with {name} {old[key]}, not {new[key]}: give another --out, or {old[key]} to resume"
-            )
-        if old[key] != new[key] and key not in ("bench", "out"):
-            processes.say(f"resuming with {name} {new[key]}, before it was {old[key]}")
+    for key in sorted(old.keys() & new.keys() - {"out"}):
+        name, was, now = no_flags.get(key, flag(key)), old[key], new[key]
+        if was != now:
+            text = f"{path} was made with {name} {was}, not {now}: give another --out, or {was} to resume"
+            require(key in RUN_ONLY, text)
+            processes.say(f"resuming with {name} {now}, before it was {was}")
 
 
 @torch.no_grad()
 def evaluate(model, teacher, images, s, processes):
     """Held-out position accuracy and loss, and how spread the features are -> dict. Views and masks are the
     same each time; stochastic depth is off."""
-    model.eval()
-    parts = [model] if teacher is None else [model, teacher.eval()]
+    both = nn.ModuleList(filter(None, (model, teacher))).eval()
     each = math.ceil(len(images) / 32 / processes.world)  # batches of every process, of at most 32 images
     size = len(images) // (each * processes.world)
     first = processes.rank * each
@@ -1256,8 +1234,7 @@ def evaluate(model, teacher, images, s, processes):
             losses = model(views, teacher)
             tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
         sums += torch.stack([losses[name].float() for name in names])
-    for part in parts:
-        part.train()
+    both.train()
     means = processes.sum(sums / (each * processes.world))
     spread, rank = feature_spread(torch.cat(tokens))
     record = {f"val_{name}": mean for name, mean in zip(names, means)}
@@ -1280,13 +1257,9 @@ def feature_spread(tokens):
 
 def position_colours(grid):
     """A colour for every position of a grid: uint8 [grid * grid, 3], near positions alike."""
-    corners = np.array(
-        [[[255, 60, 40], [255, 225, 60]], [[60, 40, 200], [40, 225, 160]]], float
-    )  # rows, columns, RGB
-    at = np.linspace(0, 1, grid)
-    rows = corners[0] * (1 - at)[:, None, None] + corners[1] * at[:, None, None]  # grid,2,3
-    colours = rows[:, :1] * (1 - at)[None, :, None] + rows[:, 1:] * at[None, :, None]
-    return colours.reshape(-1, 3).astype(np.uint8)
+    corners = torch.tensor([[[255.0, 255], [60, 40]], [[60, 225], [40, 225]], [[40, 60], [200, 160]]])  # RGB
+    colours = F.interpolate(corners[None], (grid, grid), mode="bilinear", align_corners=True)[0]
+    return colours.flatten(1).T.byte().numpy()
 
 
 def photo(view):
@@ -1294,15 +1267,11 @@ def photo(view):
     return Image.fromarray(view.permute(1, 2, 0).cpu().numpy())
 
 
-def _tile(image, side):
-    return image.resize((side, side), Image.BICUBIC)
-
-
-def _paint(view, side, positions, palette, correct=None):
+def _paint(view, positions, palette, correct=None):
     """A view under patches in the colours of `positions` [n]; -1 stays grey, a wrong one shrinks to a dot."""
     grid = math.isqrt(len(positions))
-    picture = ImageOps.grayscale(_tile(view, side)).point(lambda v: v // 3 + 20).convert("RGB")
-    pen, step = ImageDraw.Draw(picture), side / grid
+    picture = ImageOps.grayscale(view).point(lambda v: v // 3 + 20).convert("RGB")
+    pen, step = ImageDraw.Draw(picture), view.width / grid
     for i, position in enumerate(positions):
         if position >= 0:
             inset = 0 if correct is None or correct[i] else 0.32 * step
@@ -1313,15 +1282,10 @@ def _paint(view, side, positions, palette, correct=None):
 
 @torch.no_grad()
 def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
-    """Where the model puts every patch of some held-out queries, as a picture.
-
-    A row an image: the reference, its positions in colour, and for the random query and some focal queries
-    the crop, the true positions and the predicted ones; a correct patch is filled, a wrong one a dot of the
-    predicted colour.
-    """
-    modules = [model] if teacher is None else [model, teacher]
-    for module in modules:
-        module.eval()
+    """A picture of where the model puts the patches of held-out queries. A row an image: the reference, its
+    positions in colour, and for the random query and some focal queries the crop, the true positions and the
+    predicted ones; a correct patch is filled, a wrong one a dot of the predicted colour."""
+    both = nn.ModuleList(filter(None, (model, teacher))).eval()
     dataset, focal = Views(images, s), min(focal, s["focal"])
     batch = torch.utils.data.default_collate([dataset[2**31, i] for i in range(min(count, len(images)))])
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -1331,8 +1295,7 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
     context, _ = model.encode_reference(views, teacher)
     queries, targets = model.encode_queries(views, everything, position=teacher is not None)
     predicted, targets = model.predictor(queries, context).argmax(-1).cpu().numpy(), targets.cpu().numpy()
-    for module in modules:
-        module.train()
+    both.train()
 
     side, gap, n = 112, 4, (s["focal_size"] // s["patch_size"]) ** 2
     palette, blocks = position_colours(s["image_size"] // s["patch_size"]), 1 + focal
@@ -1344,18 +1307,19 @@ def draw_predictions(model, teacher, images, s, device, count=6, focal=3):
         "grey: outside the reference)", fill="black",
     )  # fmt: skip
     for i in range(len(predicted)):
-        reference, y = photo(batch["reference"][i]), 24 + i * (side + gap)
-        sheet.paste(_tile(reference, side), (0, y))
-        coloured = _paint(reference, side, np.arange(model.positions), palette)
-        sheet.paste(Image.blend(_tile(reference, side), coloured, 0.6), (side, y))
-        views = [photo(batch["query"][i]), *(photo(batch["focal"][i, k]) for k in range(focal))]
+        views = [batch["reference"][i], batch["query"][i], *batch["focal"][i, :focal]]
+        reference, *views = (photo(view).resize((side, side)) for view in views)
+        y = 24 + i * (side + gap)
+        sheet.paste(reference, (0, y))
+        coloured = _paint(reference, np.arange(model.positions), palette)
+        sheet.paste(Image.blend(reference, coloured, 0.6), (side, y))
         parts = zip(views, np.split(targets[i], ends), np.split(predicted[i], ends))
         for k, (view, true, said) in enumerate(parts):
             said = np.where(true < 0, -1, said)
             x = 2 * side + 4 * gap + k * (3 * side + 4 * gap)
-            sheet.paste(_tile(view, side), (x, y))
-            sheet.paste(_paint(view, side, true, palette), (x + side, y))
-            sheet.paste(_paint(view, side, said, palette, said == true), (x + 2 * side, y))
+            sheet.paste(view, (x, y))
+            sheet.paste(_paint(view, true, palette), (x + side, y))
+            sheet.paste(_paint(view, said, palette, said == true), (x + 2 * side, y))
     return sheet
 
 
@@ -1439,6 +1403,8 @@ def show(checkpoint, names, processes):
     encoder beside one of random weights), as one picture in --out."""
     require(Path(checkpoint).is_file(), f"--show {checkpoint}: there is no such checkpoint")
     saved = load_file(checkpoint)
+    ours = isinstance(saved, dict) and "masking_ratio" in saved.get("settings", {})
+    require(ours, f"--show {checkpoint}: it is not a checkpoint of train.py; give a run's last.pt")
     trained = {"fixed_positions": False, **saved["settings"], "grad_checkpoint": 0}
     set_seed(trained["seed"])
     model = build(trained).to(processes.device)
@@ -1450,8 +1416,8 @@ def show(checkpoint, names, processes):
     images = Folder("", names) if names else Scenes(6, first=10**6)
     try:
         pixels = [images.image(i) for i in range(len(images))]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Problem(f"--show: cannot read an image: {error}") from error
+    except Exception as error:  # a damaged file can make a decoder say anything
+        raise Problem(f"--show: cannot read an image: {first_line(error)}") from error
     sheet = Image.new("RGB", (0, 0))  # a single-image run has no reference to show positions in
     if not trained["single_image"]:
         sheet = draw_predictions(model, teacher, images, trained, processes.device, count=len(images))
@@ -1479,15 +1445,14 @@ def clock(function, device, seconds=2.0, least=2):
     while len(times) <= least or sum(times) < seconds:
         begin = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - begin)
     return float(np.median(times[1:]))
 
 
 def bench_input(s, images, count):
-    """Seconds an image for decoding and crops, and for colours, on one core; and a collated batch of
-    `count`."""
+    """Seconds an image for decoding and crops, and for colours, on one core; a collated batch of `count`."""
     threads, numbers, dataset = torch.get_num_threads(), itertools.count(), Views(images, s)
     torch.set_num_threads(1)  # as in a worker
     cpu = torch.device("cpu")
@@ -1540,9 +1505,8 @@ def bench_step(s, batch, device):
 
 def bench(s, processes):
     """Measure the input pipeline and the training step at these settings, and say which of them limits."""
-    require(
-        processes.world == 1, "--bench measures one device: run it without torchrun, --batch being its share"
-    )
+    alone = "--bench measures one device: run it without torchrun, --batch being its share"
+    require(processes.world == 1, alone)
     device, (images, _) = processes.device, open_data({**s, "val_images": 0}, processes)
     count = s["batch"] // s["accumulate"]
     cropping, colouring, batch = bench_input(s, images, count)
@@ -1715,8 +1679,9 @@ def read_settings(arguments, world):
         require(0 < low <= high <= 1, text)
     require(0 <= s["momentum"] <= 1, f"--momentum {s['momentum']}: it is to lie in 0..1")
     require(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
-    none_left = "--position-weight 0 --feature-weight 0: nothing is left to learn from"
-    require(s["position_weight"] or s["feature_weight"], none_left)
+    one_loss = s["single_image"] or not s["feature_weight"]
+    text = "--position-weight 0 with --feature-weight 0 or --single-image: nothing is left to learn from"
+    require(s["position_weight"] or not one_loss, text)
     require(
         s["prototypes"] or not s["feature_weight"],
         "--prototypes 0: the feature loss needs some; for the position loss alone give --feature-weight 0",
@@ -1725,20 +1690,9 @@ def read_settings(arguments, world):
         with torch.device("meta"):
             build(s)
     except ValueError as error:
-        raise Problem(
-            f"{error}: see --patch-size, --heads, --dim, --masking-ratio, --query-tokens"
-        ) from error
+        hint = "see --patch-size, --heads, --dim, --masking-ratio, --query-tokens"
+        raise Problem(f"{error}: {hint}") from error
     return s
-
-
-def draw(s, processes):
-    """Write the picture that --show or --curves asks for to --out."""
-    if not s["out"].lower().endswith(".png"):
-        raise Problem(f"--out {s['out']}: give the name of a .png file for the picture")
-    picture = show(s["show"][0], s["show"][1:], processes) if s["show"] else draw_curves(s["curves"])
-    save_picture(s["out"], picture)
-    print(f"{s['out']}: {picture.width} x {picture.height} pixels")
-    return 0
 
 
 def launch(script, read, run, arguments=None):
@@ -1762,10 +1716,15 @@ def launch(script, read, run, arguments=None):
 
 
 def dispatch(s, processes):
-    """What the settings ask for -> exit code."""
-    if s["show"] or s["curves"]:
-        return draw(s, processes)
-    return bench(s, processes) if s["bench"] else pretrain(s, processes)
+    """What the settings ask for -> exit code; --show and --curves write their picture to --out."""
+    if not (s["show"] or s["curves"]):
+        return bench(s, processes) if s["bench"] else pretrain(s, processes)
+    text = f"--out {s['out']}: give the name of a .png file for the picture"
+    require(s["out"].lower().endswith(".png"), text)
+    picture = show(s["show"][0], s["show"][1:], processes) if s["show"] else draw_curves(s["curves"])
+    save_picture(s["out"], picture)
+    print(f"{s['out']}: {picture.width} x {picture.height} pixels")
+    return 0
 
 
 def main(arguments=None):

@@ -717,27 +717,20 @@ def load_encoder(encoder, state):
     would be filled only in part or the file's ViT has parts that this one has not; it lists both.
     """
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
-    own = encoder.state_dict()
-    notes = []
-    grid_tokens = encoder.grid[0] * encoder.grid[1]
+    own, notes, (rows, columns) = encoder.state_dict(), [], encoder.grid
+    prefix, kept = int("cls_token" in state), encoder.cls_token is not None
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
-        prefix = 1 if "cls_token" in state else 0
         position = state["pos_embed"][:, prefix:]
-        if position.shape[1] != grid_tokens:
-            side = math.isqrt(position.shape[1])
-            if side * side != position.shape[1]:
-                raise ValueError(
-                    f"a position embedding of {position.shape[1]} tokens is not one of a square image"
-                )
+        count, side = position.shape[1], math.isqrt(position.shape[1])
+        if count != rows * columns:
+            if side * side != count:
+                raise ValueError(f"a position embedding of {count} tokens is not one of a square image")
             position = resize_position_embedding(position.float(), (side, side), encoder.grid)
-            notes.append(
-                f"position embedding resized from {side}x{side} to {encoder.grid[0]}x{encoder.grid[1]}"
-            )
-        class_position = [state["pos_embed"][:, :prefix]] if prefix and encoder.cls_token is not None else []
-        state["pos_embed"] = torch.cat([*class_position, position], dim=1)
-    if "cls_token" in state:
-        notes.append("class token dropped" if encoder.cls_token is None else "class token kept")
-        if encoder.cls_token is None:
+            notes.append(f"position embedding resized from {side}x{side} to {rows}x{columns}")
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, : prefix * kept], position], dim=1)
+    if prefix:
+        notes.append(f"class token {'kept' if kept else 'dropped'}")
+        if not kept:
             del state["cls_token"]
     missing = [key for key in own if key not in state]
     wrong = [

@@ -679,13 +679,15 @@ def load_weights(path, branch="student"):
     file holds both. Raises ValueError for a file that holds none of these; a pickle is read with
     weights_only=True.
     """
+    with open(path, "rb") as file:
+        of_torch = file.read(2) in (b"PK", b"\x80\x02")  # torch.save's formats
+        file.seek(0)
+        data = None if of_torch else file.read()
     try:
-        with open(path, "rb") as file:
-            if file.read(2) in (b"PK", b"\x80\x02"):  # torch.save's formats
-                return _find_vit(torch.load(path, map_location="cpu", weights_only=True), branch)
-            file.seek(0)
-            return published_to_state_dict(_read_published(file.read(), branch))
-    except (ImportError, OSError):
+        if of_torch:
+            return _find_vit(torch.load(path, map_location="cpu", weights_only=True), branch)
+        return published_to_state_dict(_read_published(data, branch))
+    except ImportError:
         raise
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
         first_line = str(error).split("\n")[0]

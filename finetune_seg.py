@@ -1,14 +1,16 @@
 """Segmentation with a linear decoder on a ViT: train, evaluate, predict (Segmenter, Strudel et al. 2021).
 
-`python finetune_seg.py` fine-tunes on drawn scenes; `--data NAME:DIR` takes a data set in its public layout,
-`--data folder:DIR` anybody's images/{train,val} and masks/{train,val}; `--init FILE` the weights to start
-from. Label 255 is ignored everywhere. Every random draw is a function of the seed and of the step, epoch or
-image it is for, so a resumed run goes on as if it had never stopped.
+`python finetune_seg.py` fine-tunes on drawn scenes; `--data NAME:DIR` takes a data set in its public layout, and
+`--data folder:DIR` your own images and masks; `--init FILE` gives the weights to start from. Label 255 is ignored
+everywhere. Every random draw is a function of the seed and of the step or image that it is for, so a resumed run
+continues as if it had never stopped.
 """
 
 import argparse
 import contextlib
+import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -18,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,60 +29,45 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as colour_functions
 
 import loca
 import train
-from train import REQUEUE, Problem, autocast, check_batch, check_numbers, feed, first_line, require, set_seed
+from train import count, count_or_0, fail, positive, positive_or_0, share, share_or_0
 
-IGNORED, ILLEGAL = 255, 254  # labels: counts nowhere; stands for no class of the data set
-
-
-# ------------------------------------------------------------------------------------------- data sets
+IGNORED, ILLEGAL = 255, 254  # labels: not counted anywhere; stands for no class of the data set
+HELD_OUT = 5  # every fifth image validates where a data set has no validation part
 
 
-def bit_palette(count, first=1):
-    """Colours of `count` classes as Pascal VOC numbers them, from colour `first` on; colour 0 is black."""
-
-    def channel(c, k):
-        return sum((c >> (3 * i + k) & 1) << (7 - i) for i in range(8))
-
-    return tuple(tuple(channel(c, k) for k in range(3)) for c in range(first, first + count))
-
-
-def named(text):
-    """Class names out of a text that separates them with ', ' or ',' and a line break."""
-    return tuple(text.replace("\n", " ").split(", "))
-
-
-def shifted(count):
-    """Mask values 1..count are the classes 0..count-1 and 0 is ignored."""
-    return {0: IGNORED, **{k + 1: k for k in range(count)}}
+# ------------------------------------------------------------------------------------------------ data sets
 
 
 @dataclass(frozen=True)
 class DataSet:
     """One data set: where its files are, how a mask becomes class indices, and the protocol's defaults.
 
-    layouts: patterns of the images, of their masks and of a list of names (or None), tried in turn below each
-    of `roots`; an image and a mask belong together where their stars stand for the same; an end in '.*' is
-    any image extension. splits: what {split} stands for. held_out: every so many-th image in the order of
-    names is the validation part of a data set that has none. values: class of each value of an integer mask;
-    None where the value is the class. colours: class of each RGB colour; rounded: channels are rounded to 0
-    or 255.
+    layouts: patterns of the images and of their masks, and optionally of a list of names and an offset that mask
+    numbers of the training part have. They are tried in turn in the folder, in `roots` below it and in its subfolders.
+    An image and a mask belong together if their stars stand for the same text, or their '#' for the same number; '|'
+    separates alternatives, '.*' at the end is any image extension. Without {split} every fifth image validates.
+    splits: what {split} stands for. values: class of each value of an integer mask; None if the value is the class.
+    colors: class of each RGB color. integers: whether masks may hold integers. stray: share of a mask's pixels that
+    may stand for no class; they are ignored. base_size 0: each image's own size.
     """
 
     classes: tuple
     layouts: tuple
     palette: tuple = ()
-    splits: dict = field(default_factory=lambda: {"train": "train", "val": "val"})
-    roots: tuple = ("",)
-    held_out: int = 0
-    integers: bool = True
+    splits: tuple = ("train", "val", "test")
+    roots: tuple = ()
     values: dict | None = None
-    colours: dict | None = None
-    rounded: bool = False
+    colors: dict | None = None
+    integers: bool = True
+    palette_indices: bool = True  # a mask with a palette holds class indices, not colors
+    rounded: bool = False  # color channels are rounded to 0 or 255
+    crop_masks: bool = False  # masks may be larger than their images at the bottom and right
+    stray: float = 0.0
     base_size: int = 512
     crop: int = 512
     stride: int = 512
@@ -89,171 +76,278 @@ class DataSet:
     epochs: int = 64
 
 
+def names_of(text):
+    """Class names from a text that separates them by commas."""
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+def colors_of(text):
+    """RGB colors from a text of hexadecimal words."""
+    return tuple(tuple(bytes.fromhex(word)) for word in text.split())
+
+
+def shifted(classes):
+    """Mask values 1..classes are the classes 0..classes-1, and 0 is ignored."""
+    return {0: IGNORED, **{k + 1: k for k in range(classes)}}
+
+
+def voc_palette(classes):
+    """The colors of Pascal VOC's masks for `classes` classes: bits of the index, spread over the channels."""
+    bits = [[(c >> (3 * i + k) & 1) << (7 - i) for i in range(8)] for c in range(classes) for k in range(3)]
+    return tuple(tuple(sum(channel) for channel in bits[3 * c : 3 * c + 3]) for c in range(classes))
+
+
 # fmt: off
-ADE20K = named("""wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
-person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
-mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box,
-column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand,
-path, stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee
-table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair,
-boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
-television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet,
-poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel,
-basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot,
-animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
-ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""")
-VOC = named("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table,
-dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
-CONTEXT = named("""aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, table, dog, horse,
-motorbike, person, pottedplant, sheep, sofa, train, tvmonitor, bag, bed, bench, book, building, cabinet,
-ceiling, cloth, computer, cup, door, fence, floor, flower, food, grass, ground, keyboard, light, mountain,
-mouse, curtain, platform, sign, plate, road, rock, shelves, sidewalk, sky, snow, bedclothes, track, tree,
-truck, wall, water, window, wood""")
-CITYSCAPES = named("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation,
-terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
-CITYSCAPES_PALETTE = (
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
-    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
-)
+ADE20K = names_of("""wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
+earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
+armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
+chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case,
+pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
+bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel,
+light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole,
+land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer,
+plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank,
+trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase,
+traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
+flag""")
+ADE20K_PALETTE = colors_of("""787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d
+787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff
+08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff a09614
+00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff
+00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5
+ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900
+00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff
+46b8a0 a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff
+ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00
+5c00ff""")
+VOC = names_of("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse,
+motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
+CONTEXT = names_of("""background, aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
+cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass,
+ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep,
+shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window, wood""")
+CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,
+person, rider, car, truck, bus, train, motorcycle, bicycle""")
+CITYSCAPES_PALETTE = colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000
+00008e 000046 003c64 005064 0000e6 770b20""")
 CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED) | {
     i: k for k, i in enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
 }
-CAMVID = named("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
-CAMVID_COLOURS = {  # the 32 colours of the original, grouped as SegNet did; the first of a class paints it
-    0: [(128, 128, 128)],
-    1: [(128, 0, 0), (0, 128, 64), (192, 0, 128), (64, 192, 0), (64, 0, 64)],  # building, bridge, archway, wall, tunnel
-    2: [(192, 192, 128), (0, 0, 64)],  # pole, traffic cone
-    3: [(128, 64, 128), (128, 0, 192), (192, 0, 64)],  # road, lane markings that are and are not for driving
-    4: [(0, 0, 192), (64, 192, 128), (128, 128, 192)],  # sidewalk, parking block, road shoulder
-    5: [(128, 128, 0), (192, 192, 0)],  # tree, other vegetation
-    6: [(192, 128, 128), (128, 128, 64), (0, 64, 64)],  # sign, text, traffic light
-    7: [(64, 64, 128)],
-    8: [(64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)],  # car, SUV, truck, train, other
-    9: [(64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)],  # pedestrian, child, cart, animal
-    10: [(0, 128, 192), (192, 0, 192)],  # bicyclist, motorcycle
-    IGNORED: [(0, 0, 0)],
+CAMVID = names_of("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
+CAMVID_COLORS = {  # the 32 colors of the original, grouped as SegNet did; the first of a class paints it
+    0: colors_of("808080"),
+    1: colors_of("800000 008040 c00080 40c000 400040"),  # building, bridge, archway, wall, tunnel
+    2: colors_of("c0c080 000040"),  # pole, traffic cone
+    3: colors_of("804080 8000c0 c00040"),  # road, lane markings for and not for driving
+    4: colors_of("0000c0 40c080 8080c0"),  # sidewalk, parking block, road shoulder
+    5: colors_of("808000 c0c000"),  # tree, other vegetation
+    6: colors_of("c08080 808040 004040"),  # sign, text, traffic light
+    7: colors_of("404080"),
+    8: colors_of("400080 4080c0 c080c0 c04080 804040"),  # car, SUV, truck, train, other
+    9: colors_of("404000 c08040 4000c0 408040"),  # pedestrian, child, cart, animal
+    10: colors_of("0080c0 c000c0"),  # bicyclist, motorcycle
+    IGNORED: colors_of("000000"),
 }
-IDD = named("""road, parking or drivable fallback, sidewalk, rail track or non-drivable fallback, person or
-animal, rider, motorcycle, bicycle, autorickshaw, car, truck, bus, vehicle fallback, curb, wall, fence, guard
-rail, billboard, traffic sign, traffic light, pole, obstacle fallback, building, bridge or tunnel, vegetation,
-sky or background""")
-IDD_PALETTE = (
-    (128, 64, 128), (250, 170, 160), (244, 35, 232), (230, 150, 140), (220, 20, 60), (255, 0, 0), (0, 0, 230), (119, 11, 32),
-    (255, 204, 54), (0, 0, 142), (0, 0, 70), (0, 60, 100), (136, 143, 153), (220, 190, 40), (102, 102, 156), (190, 153, 153),
-    (180, 165, 180), (174, 64, 67), (220, 220, 0), (250, 170, 30), (153, 153, 153), (169, 187, 214), (70, 70, 70),
-    (150, 100, 100), (107, 142, 35), (70, 130, 180),
-)
-SUN = named("""wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter,
-blinds, desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator,
-television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub,
-bag""")
-ISPRS = named("impervious surface, building, low vegetation, tree, car, clutter")
-ISPRS_PALETTE = ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0))
-SUIM = named("water, diver, plants, wreck, robot, reef, fish, sea floor")
+IDD = names_of("""road, parking or drivable fallback, sidewalk, rail track or non-drivable fallback, person or animal, rider,
+motorcycle, bicycle, autorickshaw, car, truck, bus, vehicle fallback, curb, wall, fence, guard rail, billboard,
+traffic sign, traffic light, pole, obstacle fallback, building, bridge or tunnel, vegetation, sky or background""")
+IDD_PALETTE = colors_of("""804080 faaaa0 f423e8 e6968c dc143c ff0000 0000e6 770b20 ffcc36 00008e 000046 003c64 888f99 dcbe28
+66669c be9999 b4a5b4 ae4043 dcdc00 faaa1e 999999 a9bbd6 464646 966464 6b8e23 4682b4""")
+SUN = names_of("""wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk,
+shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, television, paper, towel,
+shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag""")
+ISPRS = names_of("impervious surface, building, low vegetation, tree, car, clutter")
+ISPRS_PALETTE = colors_of("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
+SUIM = names_of("water, diver, plants, wreck, robot, reef, fish, sea floor")
 SUIM_PALETTE = tuple(itertools.product((0, 255), repeat=3))
 
-# Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow the nearest of these.
+
+def by_color(palette):
+    """Class of each color of a palette."""
+    return {color: k for k, color in enumerate(palette)}
+
+
+# Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow the nearest of
+# these. Where files come from and their traps: the README's table.
+VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
+CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
-    "ade20k": DataSet(ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png", None),), roots=("", "ADEChallengeData2016"),
-                      splits={"train": "training", "val": "validation"}, values=shifted(150)),
-    "voc2012": DataSet(VOC, (("JPEGImages/*.jpg", "SegmentationClass/*.png", "ImageSets/Segmentation/{split}.txt"),),
-                       bit_palette(21, 0), roots=("", "VOC2012", "VOCdevkit/VOC2012"), crop=480, stride=320, batch=16),
-    "context": DataSet(CONTEXT, (("JPEGImages/*.jpg", "SegmentationClassContext/*.png",
-                                  "ImageSets/SegmentationContext/{split}.txt"),), roots=("", "VOC2010", "VOCdevkit/VOC2010"),
-                       values=shifted(59), base_size=520, crop=480, stride=320, batch=16, epochs=256),
-    "cityscapes": DataSet(CITYSCAPES, (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png",
-                                        None),), CITYSCAPES_PALETTE, values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01,
-                          epochs=216),
-    "bdd100k": DataSet(CITYSCAPES, (("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png", None),),
-                       CITYSCAPES_PALETTE, roots=("", "bdd100k"), base_size=720, crop=640, lr=0.01, epochs=108),
-    "camvid": DataSet(CAMVID, (("{split}/*.*", "{split}annot/*.png", None), ("{split}/*.*", "{split}_labels/*_L.png", None),
-                               ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", "{split}.txt")),
-                      tuple(CAMVID_COLOURS[k][0] for k in range(11)), splits={k: k for k in ("train", "val", "test")},
-                      values={k: k for k in range(11)} | {11: IGNORED},
-                      colours={colour: k for k, colours in CAMVID_COLOURS.items() for colour in colours},
-                      base_size=360, crop=320, stride=160, lr=0.01, epochs=216),
-    "idd": DataSet(IDD, (("leftImg8bit/{split}/*/*_leftImg8bit.*", "gtFine/{split}/*/*_gtFine_labellevel3Ids.png", None),),
-                   IDD_PALETTE, base_size=720, crop=640, lr=0.01, epochs=108),
-    "kitti": DataSet(CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png", None),), CITYSCAPES_PALETTE,
-                     held_out=5, values=CITYSCAPES_IDS, base_size=368, crop=368, stride=256, lr=0.01, epochs=216),
-    "sunrgbd": DataSet(SUN, (("image/{split}/img-*.jpg", "label37/{split}/img37labels-*.png", None),),
-                       splits={"train": "train", "val": "test"}, values=shifted(37), base_size=480, crop=480, stride=320),
-    "isprs": DataSet(ISPRS, (("img_dir/{split}/*.*", "ann_dir/{split}/*.*", None), ("images/{split}/*.*", "masks/{split}/*.*", None)),
-                     ISPRS_PALETTE, values=shifted(6),
-                     colours={(0, 0, 0): IGNORED, **{colour: k for k, colour in enumerate(ISPRS_PALETTE)}}),
-    "suim": DataSet(SUIM, (("{split}/images/*.*", "{split}/masks/*.*", None),), SUIM_PALETTE, roots=("", "SUIM"),
-                    splits={"train": "train_val", "val": "TEST"}, integers=False,
-                    colours={colour: k for k, colour in enumerate(SUIM_PALETTE)}, rounded=True, base_size=480, crop=480, stride=320),
-    "folder": DataSet((), (("images/{split}/*.*", "masks/{split}/*.*", None),),
-                      splits={k: k for k in ("train", "val", "test")}),
+    "ade20k": DataSet(
+        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE, ("training", "validation"),
+        ("ADEChallengeData2016",), values=shifted(150)),
+    "voc2012": DataSet(
+        VOC, (("JPEGImages/*.jpg", "SegmentationClassAug/*.png|SegmentationClass/*.png",
+               "ImageSets/Segmentation/{split}aug.txt"),
+              ("JPEGImages/*.jpg", "SegmentationClass/*.png", "ImageSets/Segmentation/{split}.txt")),
+        voc_palette(21), ("train", "val"), VOC_ROOTS, crop=480, stride=320, batch=16),
+    "context": DataSet(
+        CONTEXT, CONTEXT_FILES, ADE20K_PALETTE[:60], ("train", "val"), VOC_ROOTS, base_size=520, crop=480, stride=320,
+        batch=16, epochs=256),
+    "context59": DataSet(
+        CONTEXT[1:], CONTEXT_FILES, ADE20K_PALETTE[1:60], ("train", "val"), VOC_ROOTS, values=shifted(59), base_size=520,
+        crop=480, stride=320, batch=16, epochs=256),
+    "cityscapes": DataSet(
+        CITYSCAPES, (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png"),),
+        CITYSCAPES_PALETTE, ("train", "val"), values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
+    "bdd100k": DataSet(
+        CITYSCAPES, (("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
+                     ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")),
+        CITYSCAPES_PALETTE, ("train", "val"), ("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
+    "camvid": DataSet(
+        CAMVID, (("{split}/*.*", "{split}annot/*.png"), ("{split}/*.*", "{split}_labels/*_L.png"),
+                 ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", "{split}.txt")),
+        tuple(CAMVID_COLORS[k][0] for k in range(11)), values={k: k for k in range(11)} | {11: IGNORED},
+        colors={color: k for k, colors in CAMVID_COLORS.items() for color in colors}, stray=0.05, base_size=360, crop=320,
+        stride=160, lr=0.01, epochs=216),
+    "idd": DataSet(
+        IDD, (("leftImg8bit/{split}/*/*_leftImg8bit.*", "gtFine/{split}/*/*_gtFine_labellevel3Ids.png"),), IDD_PALETTE,
+        ("train", "val"), base_size=720, crop=640, lr=0.01, epochs=108),
+    "kitti": DataSet(
+        CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),), CITYSCAPES_PALETTE, ("train", "val"),
+        values=CITYSCAPES_IDS, base_size=368, crop=368, stride=256, lr=0.01, epochs=216),
+    "sunrgbd": DataSet(
+        SUN, (("image/{split}/img-#.jpg", "label37/{split}/#.png"),
+              *((images, masks, None, 5050) for images in ("image/{split}/img-#.jpg", "SUNRGBD-{split}_images/img-#.jpg")
+                for masks in ("label37/{split}/img-#.png", "label37/img-#.png", "sunrgbd_train_test_labels/img-#.png"))),
+        splits=("train", "test"), values=shifted(37), base_size=480, crop=480, stride=320),
+    "isprs": DataSet(
+        ISPRS, tuple(
+            (f"{images}/{image}", "|".join(f"{masks}/{mask}" for mask in these))
+            for images, masks in (("img_dir/{split}", "ann_dir/{split}"), ("images/{split}", "masks/{split}"),
+                                  ("2_Ortho_RGB", "5_Labels_all"), ("top", "gts_for_participants"), ("images", "masks"))
+            for image, these in (("*_RGB.tif", ("*_label.tif", "*_label_noBoundary.tif")),
+                                 ("*.tif", ("*.tif", "*_noBoundary.tif")), ("*.*", ("*.*",)))),
+        ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **by_color(ISPRS_PALETTE)}, stray=0.05, base_size=0),
+    "suim": DataSet(
+        SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), SUIM_PALETTE, ("train_val", "TEST"), ("SUIM",), integers=False,
+        palette_indices=False, colors=by_color(SUIM_PALETTE), rounded=True, crop_masks=True, base_size=480, crop=480, stride=320),
+    "folder": DataSet((), (
+        ("images/{split}/*.*", "masks/{split}/*.*"), ("images/{split}/*.*", "masks/{split}/*_mask.*"),
+        ("JPEGImages/*.*", "SegmentationClass/*.*", "ImageSets/Segmentation/{split}.txt"),
+        ("JPEGImages/*.*", "SegmentationClass/*.*"), ("images/*.*", "masks/*.*"), ("images/*.*", "masks/*_mask.*"))),
 }
 # fmt: on
 
 
-def find_files(root, pattern):
-    """Files below `root` that fit a pattern, by what its stars stand for; a last '.*' is any extension."""
-    regex = re.compile("([^/]*)".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+def find_files(root, patterns):
+    """Files below `root` that fit one of the patterns, by what the stars and '#' of the pattern stand for."""
     found = {}
-    for path in glob.glob(pattern, root_dir=root):
-        key = regex.fullmatch(path.replace(os.sep, "/")).groups()
-        if pattern.endswith(".*"):
-            if f".{key[-1].lower()}" not in train.EXTENSIONS:
+    for pattern in reversed(patterns.split("|")):  # the first alternative wins
+        regex = re.escape(pattern).replace(r"\*", "([^/]*)").replace(r"\#", "0*([0-9]+)")
+        seen = {}
+        for path in glob.glob(pattern.replace("#", "*"), root_dir=root):  # never finds hidden files
+            match = re.fullmatch(regex, path.replace(os.sep, "/"), re.DOTALL)
+            key = match.groups() if match else ()
+            if pattern.endswith(".*") and match:
+                key, known = key[:-1], f".{key[-1].lower()}" in train.EXTENSIONS
+            if not match or (pattern.endswith(".*") and not known):
                 continue
-            key = key[:-1]
-        file = os.path.join(root, path)
-        require(key not in found, f"{file} and {found.get(key)}: one image twice; take one out")
-        found[key] = file
+            if key in seen:
+                fail(f"{os.path.join(root, path)} and {seen[key]}: the same name twice; remove one of them")
+            seen[key] = os.path.join(root, path)
+        found |= seen
     return found
 
 
-def find_pairs(name, folder, split):
-    """(image file, mask file) of a split, in the order of names. Raises Problem where one is not there."""
-    data, flag = DATASETS[name], f"--data {name}:{folder}"
-    layouts = [[p and p.format(split=data.splits[split]) for p in patterns] for patterns in data.layouts]
-    for part, (images, masks, listing) in itertools.product(data.roots, layouts):
-        root = os.path.join(folder, part)
-        images, masks = find_files(root, images), find_files(root, masks)
-        if not images or not masks or (listing and not os.path.exists(os.path.join(root, listing))):
+def search_layouts(name, folder, split):
+    """(pairs, whether the layout has parts) of the first layout that is there whole; None for pairs if none is. Ends
+    with an error if the only ones that are there lack files."""
+    data, problem = DATASETS[name], None
+    part = dict(zip(("train", "val", "test"), data.splits))[split]
+    subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    for root, layout in itertools.product(["", *data.roots, *subfolders], data.layouts):
+        root, (images, masks, listing, offset) = os.path.join(folder, root), (*layout, None, 0)[:4]
+        listing = listing and os.path.join(root, listing.format(split=part))
+        image_files, mask_files = (find_files(root, x.format(split=part)) for x in (images, masks))
+        if not image_files or not mask_files or (listing and not os.path.exists(listing)):
             continue
-        wanted = sorted(images)
-        if listing:  # names, or paths of images, one a line; what follows on the line is not looked at
-            lines = Path(root, listing).read_text().splitlines()
+        if offset and split == "train":
+            mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
+        wanted = sorted(image_files)
+        if listing:  # names, or paths of images, one a line
+            lines = Path(listing).read_text().splitlines()
             wanted = sorted({(Path(line.split()[0]).stem,) for line in lines if line.strip()})
-        if data.held_out:
-            held_out = set(wanted[data.held_out - 1 :: data.held_out])
-            wanted = [key for key in wanted if (key in held_out) == (split == "val")]
-        require(
-            wanted,
-            f"{flag}: none of its {len(images)} images is of the {split} part ({listing or 'too few'})",
-        )
-        for files, kind in ((images, "image"), (masks, "mask")):
+        for files, kind in ((image_files, "image"), (mask_files, "mask")):
             missing = ["/".join(key) for key in wanted if key not in files]
-            if missing:
-                more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-                raise Problem(
-                    f"{flag}: {len(missing)} of {len(wanted)} {split} names have no {kind}: "
-                    f"{', '.join(map(repr, missing[:4]))}{more}; add the files or take the names out"
+            if missing and problem is None:
+                some = ", ".join(map(repr, missing[:4])) + (
+                    f" and {len(missing) - 4} more" if missing[4:] else ""
                 )
-        return [(images[key], masks[key]) for key in wanted]
-    looked = "; ".join(" with ".join(filter(None, patterns)) for patterns in layouts)
-    raise Problem(f"{flag}: no {split} images with masks; looked for {looked}")
+                problem = f"{len(missing)} of {len(wanted)} {split} names have no {kind}: {some}"
+        if wanted and all(key in image_files and key in mask_files for key in wanted):
+            pairs = [(image_files[key], mask_files[key]) for key in wanted]
+            return pairs, "{split}" in images + (layout[2] or "" if listing else "")
+    if problem:
+        fail(f"--data {name}:{folder}: {problem}; add the files, or remove the names")
+    return None, True
 
 
-class Labelled:
-    """Images with masks on disk, by number: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored."""
+def find_pairs(name, folder, split):
+    """(image file, mask file) of a split, in the order of names. Ends with an error if files are missing."""
+    pairs, has_parts = search_layouts(name, folder, split)
+    if name == "folder" and has_parts and split != "test" and search_layouts(name, folder, "val")[0] is None:
+        pairs, has_parts = search_layouts(name, folder, "train")[0], False
+    if pairs is None:
+        looked = "; ".join(f"{layout[0]} with {layout[1]}" for layout in DATASETS[name].layouts)
+        fail(f"--data {name}:{folder}: no {split} images with masks; looked for {looked}")
+    if not has_parts:
+        train.warn_once(f"--data {name}:{folder}: no validation part, so every fifth image is held out")
+        pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
+        if not pairs:
+            fail(f"--data {name}:{folder}: too few images to hold out every fifth for validation")
+    return pairs
 
-    def __init__(self, data, pairs, count):
-        self.pairs, self.rounded = pairs, data.rounded
-        self.integers = self.colours = None
-        if data.integers:
-            self.integers = np.full(2**16, ILLEGAL, np.uint8)
-            values = {k: k for k in range(count)} if data.values is None else data.values
-            self.integers[[*values, IGNORED]] = [*values.values(), IGNORED]
-        if data.colours is not None:
-            self.colours = np.full((256, 256, 256), ILLEGAL, np.uint8)
-            for colour, label in data.colours.items():
-                self.colours[colour] = label
+
+def read_class_list(folder):
+    """Classes of a folder from classes.txt ('name' or 'name R G B' a line, 'ignore' for what does not count) or CVAT's
+    labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors; None if there is neither."""
+    entries = []  # (name, color or None)
+    for file, pattern in (
+        ("classes.txt", r"(.*?)\s+(\d+)\s+(\d+)\s+(\d+)\s*"),
+        ("labelmap.txt", r"(.*?):(\d+),(\d+),(\d+):.*"),
+    ):
+        path = Path(folder, file)
+        if not path.exists() or entries:
+            continue
+        for line in path.read_text().splitlines():
+            match = re.fullmatch(pattern, line)
+            if line.strip() and not (file == "labelmap.txt" and (line.startswith("#") or not match)):
+                name, color = (
+                    (match[1], tuple(map(int, match.groups()[1:]))) if match else (line.strip(), None)
+                )
+                entries.append((name, color))
+    if not entries:
+        return None
+    names = [name for name, _ in entries if name != "ignore"]
+    if len(names) < 2:
+        fail(f"{folder}: its list of classes has fewer than two: {', '.join(names)}")
+    indices = [IGNORED if name == "ignore" else names.index(name) for name, _ in entries]
+    values, colors, palette = dict(enumerate(indices)), {}, list(voc_palette(len(names)))
+    for index, (_, color) in zip(indices, entries):
+        if color is not None:
+            colors[color] = index
+            if color[0] == color[1] == color[2] >= len(entries):  # a gray mask, such as 0 and 255
+                values[color[0]] = index
+            if index != IGNORED:
+                palette[index] = color
+    return DataSet(
+        tuple(names), (), tuple(palette), values=values, colors=colors or None, palette_indices=False
+    )
+
+
+class Labeled:
+    """Images with masks on disk, by index: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored."""
+
+    def __init__(self, data, pairs, classes):
+        self.data, self.pairs = data, pairs
+        self.of_value = np.full(2**16, ILLEGAL, np.uint8)
+        values = data.values or {k: k for k in range(classes)}
+        for value, label in {IGNORED: IGNORED, **values}.items():
+            self.of_value[value] = label
+        if data.colors:
+            self.of_color = np.full((256, 256, 256), ILLEGAL, np.uint8)
+            for color, label in data.colors.items():
+                self.of_color[color] = label
 
     def __len__(self):
         return len(self.pairs)
@@ -262,50 +356,64 @@ class Labelled:
         return self.pairs[i][0]
 
     def labels(self, i):
-        """Class indices of a mask. Raises ValueError for what stands for no class."""
+        """Class indices of a mask, and the number of pixels that stand for no class and are ignored. Raises ValueError
+        if there are too many of these."""
         with Image.open(self.pairs[i][1]) as mask:
-            coloured = mask.mode in ("RGB", "RGBA") or (mask.mode == "P" and self.integers is None)
-            raw = np.asarray(mask.convert("RGB") if coloured else mask)
-        if coloured and self.colours is None:
-            raise ValueError("it holds RGB colours, the data set's masks hold class indices")
-        if coloured:
-            raw = (raw >= 128) * np.uint8(255) if self.rounded else raw
-            labels = self.colours[raw[..., 0], raw[..., 1], raw[..., 2]]
-        elif self.integers is None or raw.ndim != 2 or raw.dtype.kind == "f":
-            expected = "RGB colours" if self.integers is None else "class indices"
-            raise ValueError(f"it is of mode {mask.mode}, the data set's masks hold {expected}")
-        else:  # what is negative or too large falls on the last entry, which is illegal
-            labels = self.integers.take(raw.astype(np.uint32), mode="clip")
+            if mask.format == "JPEG":
+                raise ValueError("JPEG changes the values of a mask when it compresses; save masks as PNG")
+            by_palette = mask.mode == "P" and self.data.colors and not self.data.palette_indices
+            colored = mask.mode in ("RGB", "RGBA") or by_palette
+            raw = np.asarray(mask.convert("RGB") if colored else mask)
+        if colored and not self.data.colors:
+            raise ValueError(
+                "it holds RGB colors, but masks of this data set hold class indices; for your own data, a "
+                "classes.txt with 'name R G B' lines tells what they mean"
+            )
+        if colored:
+            raw = (raw >= 128) * np.uint8(255) if self.data.rounded else raw
+            labels = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]]
+        elif not self.data.integers or raw.ndim != 2 or raw.dtype.kind == "f":
+            expected = "class indices" if self.data.integers else "RGB colors"
+            raise ValueError(f"it is of mode {mask.mode}, but masks of this data set hold {expected}")
+        else:  # negative and too large values take the last entry, which is illegal
+            labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
         wrong = labels == ILLEGAL
-        if wrong.any():
+        if wrong.mean() > self.data.stray:
             value = raw[wrong][0].tolist()
             raise ValueError(f"the value {value} in {wrong.sum()} pixels stands for no class")
+        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
+
+    def fit(self, labels, height, width):
+        """Labels of the size of their image. Raises ValueError if they are not of that size and may not be cropped."""
+        if self.data.crop_masks and labels.shape[0] >= height and labels.shape[1] >= width:
+            labels = labels[:height, :width]
+        if labels.shape != (height, width):
+            rows, columns = labels.shape
+            raise ValueError(f"it is {columns}x{rows} (width x height), but its image is {width}x{height}")
         return labels
 
     def check(self, i):
-        """The largest class in a mask, 0 where there is none. Raises ValueError, OSError."""
-        labels = self.labels(i)
+        """Pixels by label [256], stray pixels, whether the mask was cropped, and the short side of an image. Raises
+        ValueError, OSError."""
+        labels, stray = self.labels(i)
         try:
-            with Image.open(self.name(i)) as image:  # the header alone; a PNG's EXIF needs all of it
+            with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs all of it
                 width, height = image.size
                 if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # lies on its side
                     width, height = height, width
         except OSError as error:
             raise ValueError(f"its image {self.name(i)} cannot be read: {error}") from error
-        if labels.shape != (height, width):
-            rows, columns = labels.shape
-            raise ValueError(f"it is {columns}x{rows} (width x height), its image {width}x{height}")
-        return int(labels.max(where=labels != IGNORED, initial=0))
+        fitted = self.fit(labels, height, width)
+        counts = np.bincount(fitted.ravel(), minlength=256)
+        return np.array([*counts, stray, fitted.shape != labels.shape, min(height, width)], np.float64)
 
     def read(self, i):
-        image, labels = train.read_image(self.pairs[i][0]), self.labels(i)
-        if image.shape[1:] != labels.shape:
-            raise ValueError(f"image {tuple(image.shape[1:])} and mask {labels.shape} differ in size")
-        return image, torch.from_numpy(labels)
+        image = train.read_image(self.pairs[i][0])
+        return image, torch.from_numpy(self.fit(self.labels(i)[0], *image.shape[1:]).copy())
 
 
-class DrawnScenes(Labelled):
-    """Drawn scenes by number with their labels; in the place of pairs of files their seeds."""
+class DrawnScenes(Labeled):
+    """Drawn scenes by index with their labels; seeds instead of pairs of files."""
 
     def __init__(self, seeds):
         self.pairs = seeds
@@ -318,61 +426,101 @@ class DrawnScenes(Labelled):
         return image.permute(2, 0, 1), labels
 
 
-def check_masks(parts, processes):
-    """Read all masks once, shared out -> the largest class. Raises Problem on all: it names wrong files."""
-    jobs = [(part, i) for part in parts for i in range(len(part))][processes.rank :: processes.world]
+def check_masks(parts, rank, world_size, device):
+    """Read all masks once, shared by the processes -> pixels by label [256], stray pixels, cropped masks, mean short
+    side of the images. Ends with an error that names masks that are wrong."""
+    jobs = [(part, i) for part in parts for i in range(len(part))][rank::world_size]
 
     def check(job):
         part, i = job
         try:
             return part.check(i), None
-        except Exception as error:  # a damaged file can make a decoder say anything
-            return 0, f"{part.pairs[i][1]}: {error}"
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            return np.zeros(259), f"{part.pairs[i][1]}: {error}"
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(check, jobs))
     wrong = [text for _, text in results if text]
-    found = processes.sum([float(len(wrong))])[0]
-    require(not found, f"{found:.0f} masks are wrong; {'; '.join(wrong[:3]) or 'another process names them'}")
-    counts = torch.zeros(2**8)
-    counts[max((label for label, _ in results), default=0)] = 1.0
-    return int(np.flatnonzero(processes.sum(counts))[-1])
+    sums = np.sum([figures for figures, _ in results], axis=0) if results else np.zeros(259)
+    *sums, found = train.sum_over_processes([*sums, float(len(wrong))], device)
+    if found:
+        fail(f"{found:.0f} masks are wrong; {'; '.join(wrong[:3]) or 'another process names them'}")
+    return np.array(sums[:256]), sums[256], sums[257], sums[258] / sum(map(len, parts))
 
 
-def open_data(s, processes, splits, classes=None):
-    """The named splits of the settings' data set, masks checked, the class names and the palette. classes:
-    names that a checkpoint carries; the data set is to have as many.
-    """
-    name, folder = s["name"], s["folder"]
+def open_data(args, splits, rank, world_size, device, say, classes=None):
+    """The named splits of --data with their masks checked, the class names, and the palette. classes: the names that a
+    checkpoint carries, of which the data set must have as many."""
+    name, folder = args.name, args.folder
     if name == "scenes":
-        seeds = {"train": range(s["scenes"]), "val": range(10**6, 10**6 + VAL_SCENES)}
+        seeds = {"train": range(args.scenes), "val": range(10**6, 10**6 + VAL_SCENES)}
         parts = [DrawnScenes(seeds[split]) for split in splits]
         return parts, list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
     data = DATASETS[name]
-    names = list(data.classes)
-    if name == "folder":
-        names = list(classes or (f"class {k}" for k in range(s["classes"] or ILLEGAL)))
+    listed = read_class_list(folder) if name == "folder" else None
+    data = listed or data
+    names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
     if classes and len(names) != len(classes):
-        raise Problem(f"the checkpoint knows {len(classes)} classes, {name} has {len(names)}")
-    parts = [Labelled(data, find_pairs(name, folder, split), len(names)) for split in splits]
-    begin, masks = time.perf_counter(), sum(map(len, parts))
-    largest = check_masks(parts, processes)
-    processes.say(f"{masks} masks checked in {time.perf_counter() - begin:.1f} s")
-    if len(names) == ILLEGAL:
-        names = names[: largest + 1]
-    return parts, names, list(data.palette or bit_palette(len(names)))
+        fail(f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}")
+    start, parts = time.perf_counter(), []
+    for split in splits:
+        pairs = find_pairs(name, folder, split)
+        say(f"{split}: {len(pairs)} images, such as {pairs[0][0]} with {pairs[0][1]}")
+        parts.append(Labeled(data, pairs, len(names)))
+    pixels, stray, cropped, short = check_masks(parts, rank, world_size, device)
+    say(f"{sum(map(len, parts))} masks checked in {time.perf_counter() - start:.1f} s")
+    if stray:
+        say(
+            f"note: {stray:.0f} pixels stand for no class and are ignored ({stray / (pixels.sum() + stray):.2%})"
+        )
+    if cropped:
+        say(f"note: {cropped:.0f} masks cropped to their images")
+    if args.base_size and short > 3 * args.base_size:
+        say(
+            f"note: images are shrunk from {short:.0f} to {args.base_size} pixels on the short side; --base-size 0 keeps "
+            "their own size"
+        )
+    if name == "folder":
+        names = check_classes(
+            f"--data folder:{folder}", pixels, names, bool(data.classes or args.classes or classes)
+        )
+    return parts, names, list(data.palette or voc_palette(len(names)))
 
 
-def choose_subset(count, fraction, seed):
-    """Numbers of a share of `count` images, sorted; of one seed the smaller lies inside the larger."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))])
+def check_classes(flag, pixels, names, known):
+    """Class names of a folder, from the values in its masks unless they are `known`. Ends with an error if the values
+    do not look like class indices."""
+    found = [int(k) for k in np.flatnonzero(pixels)]
+    classes = [k for k in found if k != IGNORED]
+    hint = (
+        "write a classes.txt into the folder, one line per class: 'name R G B' with the color or gray value in the masks "
+        "('object 255 255 255'), 'ignore R G B' for what does not count; or give --classes N for masks with values 0..N-1"
+    )
+    values = ", ".join(map(str, found[:20])) + (" ..." if len(found) > 20 else "")
+    if len(classes) < 2:
+        fail(
+            f"{flag}: the masks hold only the value(s) {values}, and 255 means ignored, so fewer than two classes; {hint}"
+        )
+    if not known and classes != list(range(len(classes))):
+        fail(f"{flag}: the values in the masks have gaps: {values}; {hint}")
+    if not known and pixels[IGNORED] > 0.25 * pixels.sum():
+        share = pixels[IGNORED] / pixels.sum()
+        fail(
+            f"{flag}: 255, which means ignored, fills {share:.0%} of the masks, like a class (values {values}); {hint}"
+        )
+    return names if known else names[: len(classes)]
 
 
-# ---------------------------------------------------------------------------------------- augmentation
+def choose_subset(images, fraction, seed):
+    """Indices of a share of the images, sorted; for one seed a smaller subset lies within a larger one."""
+    return np.sort(np.random.default_rng(seed).permutation(images)[: max(1, round(images * fraction))])
+
+
+# ------------------------------------------------------------------------------- augmentation, in worker processes
 
 
 def scaled_size(height, width, short):
-    """(height, width) of the same aspect, the short side `short`, the long one at most 4 times it."""
+    """(height, width) of the same aspect with the short side `short`, the long side at most 4 times as long."""
     scale = min(short / min(height, width), 4 * short / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -380,8 +528,8 @@ def scaled_size(height, width, short):
 def choose_crop(labels, crop, rng, most=0.75, redraws=10):
     """(top, left, height, width) of a random crop of labels uint8 [H, W], no larger than they are.
 
-    One whose labels are to more than `most` of a single class is drawn again, up to `redraws` times
-    (Segmenter's 75 % rule). Ignored pixels do not count; without any other, the crop is drawn again too.
+    One in which a single class fills over `most` of the labeled pixels is drawn again, up to `redraws` times
+    (Segmenter's 75 % rule); so is one without any labeled pixel.
     """
     height, width = min(crop[0], labels.shape[0]), min(crop[1], labels.shape[1])
     for _ in range(redraws + 1):
@@ -394,55 +542,70 @@ def choose_crop(labels, crop, rng, most=0.75, redraws=10):
 
 
 def distort(image, rng):
-    """Photometric distortion of uint8 [3, h, w], each part with probability 0.5: brightness +-32, contrast
-    0.5..1.5 before or after saturation 0.5..1.5 and hue +-36 degrees."""
-    if rng.random() < 0.5:
-        image = (image.float() + rng.uniform(-32, 32)).clamp(0, 255).to(torch.uint8)
-    late = rng.random() < 0.5
-    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0  # times the value, not about the mean
+    """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast 0.5..1.5
+    before or after saturation 0.5..1.5 of HSV's S, and hue -36..34 degrees in steps of 2 (mmsegmentation, Segmenter)."""
+
+    def chance():
+        return rng.random() < 0.5
+
+    if chance():
+        image = (image + rng.uniform(-32, 32)).clip(0, 255).astype(np.uint8)
+    late, contrast = chance(), rng.uniform(0.5, 1.5) if chance() else 1.0
+    saturation = rng.uniform(0.5, 1.5) if chance() else 1.0
+    degrees = 2 * int(rng.integers(-18, 18)) if chance() else 0
     if not late:
-        image = colour_functions.adjust_brightness(image, contrast)
-    if rng.random() < 0.5:
-        image = colour_functions.adjust_saturation(image, rng.uniform(0.5, 1.5))
-    if rng.random() < 0.5:
-        image = colour_functions.adjust_hue(image, rng.uniform(-0.1, 0.1))
-    return colour_functions.adjust_brightness(image, contrast) if late else image
+        image = (image * contrast).clip(0, 255).astype(np.uint8)
+    if saturation != 1 or degrees:
+        hsv = np.array(Image.fromarray(image).convert("HSV"))
+        hsv[..., 0] += np.uint8(round(degrees / 360 * 256) % 256)  # a full circle of 256 wraps around
+        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
+        image = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return (image * contrast).clip(0, 255).astype(np.uint8) if late else image
 
 
 def augment(image, labels, crop, base_size, rng):
-    """Random scale, crop, flip, distortion, padding: uint8 [3, H, W], [H, W] -> [3, *crop], [*crop]."""
-    size = scaled_size(*labels.shape, base_size * rng.uniform(0.5, 2.0))
-    labels = F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
-    top, left, height, width = choose_crop(labels.numpy(), crop, rng)
-    image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    """Random scale, crop, flip, distortion and padding: uint8 [3, H, W] and [H, W] -> [3, *crop] and [*crop].
+
+    The crop is cut before it is scaled, so the cost does not depend on the size of the image. base_size 0: the
+    image's own size.
+    """
+    base = base_size or min(labels.shape)
+    size = scaled_size(*labels.shape, base * rng.uniform(0.5, 2.0))
+    scale = [new / old for new, old in zip(size, labels.shape)]
+    source = [max(1, round(side / s)) for side, s in zip(crop, scale)]
+    top, left, height, width = choose_crop(labels.numpy(), source, rng)
     image, labels = (x[..., top : top + height, left : left + width] for x in (image, labels))
+    new = [min(side, max(1, round(old * s))) for side, old, s in zip(crop, (height, width), scale)]
+    image = F.interpolate(image[None], new, mode="bilinear", antialias=True)[0]
+    labels = F.interpolate(labels[None, None], new, mode="nearest-exact")[0, 0]
     if rng.random() < 0.5:
         image, labels = image.flip(-1), labels.flip(-1)
-    mean = torch.tensor([round(255 * m) for m in train.MEAN], dtype=torch.uint8)  # 0 after normalisation
-    padded = mean[:, None, None].repeat(1, *crop)
-    padded[:, :height, :width] = distort(image, rng)
-    return padded, F.pad(labels, (0, crop[1] - width, 0, crop[0] - height), value=IGNORED)
+    image = torch.from_numpy(distort(image.permute(1, 2, 0).numpy(), rng).copy()).permute(2, 0, 1)
+    mean = torch.tensor([round(255 * m) for m in train.MEAN], dtype=torch.uint8)  # 0 after normalization
+    padded = mean[:, None, None].repeat(1, *crop)  # 3,crop
+    padded[:, : new[0], : new[1]] = image
+    return padded, F.pad(labels, (0, crop[1] - new[1], 0, crop[0] - new[0]), value=IGNORED)
 
 
 class Crops(Dataset):
-    """Training crops by (epoch, number), which seed them; a number beyond the images counts round again.
+    """Training crops by (epoch, index), which seed them; an index beyond the images starts over.
 
-    Items: image uint8 [3, *crop], labels uint8 [*crop], unreadable: '' or what was wrong with a file that
-    another one stands in for.
+    Items: image uint8 [3, *crop], labels uint8 [*crop], and unreadable: '' or what was wrong with a file that another
+    one replaces.
     """
 
-    def __init__(self, source, s):
-        self.source, self.s = source, s
+    def __init__(self, source, args):
+        self.source, self.args = source, args
 
     def __getitem__(self, key):
-        s, rng, number = self.s, np.random.default_rng((self.s["seed"], *key)), key[1] % len(self.source)
-        (image, labels), wrong = train.read_or_next(self.source, number, self.source.read)
-        image, labels = augment(image, labels, s["crop"], s["base_size"], rng)
+        rng, index = np.random.default_rng((self.args.seed, *key)), key[1] % len(self.source)
+        (image, labels), wrong = train.read_or_next(self.source, index, self.source.read)
+        image, labels = augment(image, labels, self.args.crop, self.args.base_size, rng)
         return {"image": image, "labels": labels, "unreadable": wrong}
 
 
 class Whole(Dataset):
-    """Whole images by number, for evaluation; an unreadable one is named and has no pixels."""
+    """Whole images by index, for evaluation; an unreadable one is named and has no pixels."""
 
     def __init__(self, source):
         self.source = source
@@ -450,18 +613,19 @@ class Whole(Dataset):
     def __getitem__(self, i):
         try:
             image, labels = self.source.read(i)
-            return {"image": image, "labels": labels, "number": i, "unreadable": ""}
-        except Exception as error:
-            return {"number": i, "unreadable": f"{self.source.name(i)!r}: {first_line(error)}"}
+            return {"image": image, "labels": labels, "index": i, "unreadable": ""}
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            return {"index": i, "unreadable": f"{self.source.name(i)}: {error}"}
 
 
-# ----------------------------------------------------------------------------------------------- model
+# --------------------------------------------------------------------------------------------------- model
 
 
 class Segmenter(nn.Module):
     """A ViT and a linear layer on its patch tokens: images [B, 3, H, W] -> class logits float32 [B, C, H, W].
 
-    frozen: the encoder stays as it is, in evaluation mode and without gradient (linear probe).
+    encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. frozen: the encoder stays
+    as it is, in evaluation mode and without gradient (linear probe).
     """
 
     def __init__(self, encoder, classes, frozen=False):
@@ -482,67 +646,143 @@ class Segmenter(nn.Module):
         tokens = self.encoder(images)  # B,N,D
         grid = [side // self.encoder.patch_size for side in images.shape[-2:]]
         logits = self.decoder(tokens).float().transpose(1, 2).unflatten(2, grid)  # B,C,rows,columns
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear")
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear")  # B,C,H,W
+
+
+class TimmEncoder(nn.Module):
+    """A ViT of timm by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D], without class
+    and register tokens."""
+
+    def __init__(self, name, image_size, drop_path, **weights):
+        super().__init__()
+        timm = loca.import_optional("timm")
+        sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
+        self.model = timm.create_model(name, num_classes=0, **sizes, **weights)
+        self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.patch_size[0]
+        config = self.model.pretrained_cfg  # models differ in how they normalize pixels
+        own = [
+            torch.tensor(config.get(key, d))[:, None, None]
+            for key, d in (("mean", train.MEAN), ("std", train.STD))
+        ]
+        ours = [torch.tensor(x)[:, None, None] for x in (train.MEAN, train.STD)]
+        self.register_buffer("scale", ours[1] / own[1], persistent=False)
+        self.register_buffer("shift", (ours[0] - own[0]) / own[1], persistent=False)
+
+    def forward(self, images):
+        tokens = self.model.forward_features(images * self.scale + self.shift)
+        return tokens[:, self.model.num_prefix_tokens :]
 
 
 SIZES = ("patch_size", "dim", "depth", "heads", "mlp_dim")
 
 
-def build(s, classes):
-    """The Segmenter that settings describe, on the CPU. Raises ValueError for sizes that do not fit."""
-    sizes = [s[name] for name in SIZES]
-    encoder = loca.ViT(tuple(s["crop"]), *sizes, drop_path=s["drop_path"], class_token=s["class_token"])
-    return Segmenter(encoder, classes, s["freeze"])
+def build_model(args, classes, **weights):
+    """The Segmenter that the settings describe, on the CPU; `weights` are arguments of timm.create_model. Raises
+    ValueError for sizes that do not fit together."""
+    if args.encoder:
+        encoder = TimmEncoder(args.encoder.removeprefix("timm:"), args.crop, args.drop_path, **weights)
+    else:
+        sizes = [getattr(args, name) for name in SIZES]
+        encoder = loca.ViT(args.crop, *sizes, drop_path=args.drop_path, class_token=args.class_token)
+    return Segmenter(encoder, classes, args.freeze)
 
 
-def read_weights(path, branch):
-    """Weights to start from and the encoder's sizes as the file tells them: its settings, or its tensors'
-    shapes, with the heads of the published size of that width, else 64 wide. Raises Problem."""
+def choose_encoder(args, say):
+    """Settle the sizes of the encoder, from flags, --model, the run folder's checkpoint, --init, or B/16, in this order
+    -> the weights of --init, or None."""
+    last, weights = Path(args.out, "last.pt"), None
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes = {**loca.SIZES["B/16"], "class_token": False}
     try:
-        state = loca.load_weights(path, branch)
-    except (OSError, ValueError, ImportError) as error:
-        raise Problem(f"--init {path}: {error}") from error
-    settings = {}
-    with contextlib.suppress(Problem, KeyError, TypeError):  # not a checkpoint of ours
-        settings = train.load_file(path)["settings"]
-    kernel, hidden = state["encoder.patch_embed.proj.weight"], state.get("encoder.blocks.0.mlp.fc1.weight")
-    blocks = [key for key in state if re.fullmatch(r"encoder\.blocks\.\d+\.norm1\.weight", key)]
-    require(kernel.ndim == 4 and hidden is not None, f"--init {path}: its entries are not those of a ViT")
-    known = {size["dim"]: size["heads"] for size in loca.SIZES.values()}  # those of H/16 are 80 wide
-    heads = known.get(len(kernel), max(1, len(kernel) // 64))
-    shapes = (kernel.shape[-1], len(kernel), len(blocks), heads, len(hidden))
-    return state, {name: settings.get(name, value) for name, value in zip(SIZES, shapes)}
+        if args.encoder:
+            model = loca.import_optional("timm").create_model(
+                args.encoder.removeprefix("timm:"), num_classes=0
+            )
+            sizes = {"patch_size": model.patch_embed.patch_size[0], "dim": model.embed_dim}
+        elif last.exists():  # its weights replace those of --init
+            saved = loca.read_torch_file(last)["settings"]
+            sizes = {name: saved[name] for name in (*SIZES, "class_token")}
+        elif args.init != "none":
+            weights = loca.load_weights(args.init, args.branch)
+            sizes = dict(weights.sizes)
+            for note in weights.notes:
+                if "heads" not in given or "heads" not in note:
+                    say(f"--init {args.init}: {note}")
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        fail(f"{last if last.exists() else args.encoder or f'--init {args.init}'}: {error}")
+    sizes = {**sizes, **loca.SIZES.get(args.model, {}), **given}
+    for name in SIZES:
+        setattr(args, name, sizes.get(name))
+    if args.class_token is None:  # kept in the encoder if the weights have one; never seen by the decoder
+        args.class_token = sizes.get("class_token", False)
+    return weights
+
+
+def settle_windows(args):
+    """Crop, window and stride as (height, width): what was given, or args.usual, fitted to the patch size."""
+    patch, usual = args.patch_size, args.__dict__.pop("usual")
+    crop = args.crop or [-(-side // patch) * patch for side in pair(usual["window"])]
+    args.crop, args.window = pair(crop), pair(args.window or crop)
+    for name in ("crop", "window"):
+        sides = getattr(args, name)
+        nearest = [max(1, round(side / patch)) * patch for side in sides]
+        if sides != nearest:
+            old, new = (" ".join(map(str, x)) for x in (sides, nearest))
+            fail(f"--{name} {old} is not a multiple of the patch size {patch}: try --{name} {new}")
+    if args.stride is None:
+        sides = zip(pair(usual["stride"]), args.window, pair(usual["window"]))
+        args.stride = [max(1, step * window // old) for step, window, old in sides]
+    args.stride = pair(args.stride)
+    if any(step > side for step, side in zip(args.stride, args.window)):
+        fail(f"--stride {args.stride} must not exceed the window {args.window}")
+
+
+def pair(sides):
+    """A side, or (height, width), as [height, width]."""
+    sides = [sides] if isinstance(sides, int) else list(sides)
+    return sides * 2 if len(sides) == 1 else sides
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """Parameters by learning-rate scale and weight decay: the decoder and the last norm at scale 1, each
-    block below at `layer_decay` times the one above it; decay on tensors of two and more dimensions alone."""
-    depth, groups = len(model.encoder.blocks), {}
-    for name, parameter in model.named_parameters():
+    """Parameters by scale of the learning rate and by weight decay. The decoder and the last norm have scale 1, each
+    block `layer_decay` times that of the block above; decay applies to tensors of two and more dimensions only."""
+    names = [name for name, _ in model.named_parameters()]
+    blocks = [re.match(r"encoder\.(?:model\.)?blocks\.(\d+)\.", name) for name in names]
+    depth, groups = 1 + max((int(block[1]) for block in blocks if block), default=0), {}
+    for (name, parameter), block in zip(model.named_parameters(), blocks):
         if parameter.requires_grad:
-            block = re.match(r"encoder\.blocks\.(\d+)\.", name)
-            last = name.startswith(("decoder.", "encoder.norm."))
+            last = re.match(r"decoder\.|encoder\.(model\.)?(fc_)?norm\.", name)
             layer = depth + 1 if last else int(block[1]) + 1 if block else 0
             key = layer_decay ** (depth + 1 - layer), weight_decay * (parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     return [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
 
 
-def make_optimizer(model, s, device):
-    """SGD with Segmenter's momentum, or AdamW, with a "scale" of the learning rate in every group."""
-    groups = parameter_groups(model, s["weight_decay"], s["layer_decay"])
-    fused = device.type in ("cuda", "cpu")
-    if s["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, s["lr"], momentum=0.9, fused=fused)
-    return torch.optim.AdamW(groups, s["lr"], fused=fused)
+def make_optimizer(model, args, device):
+    """SGD with Nesterov momentum, as Segmenter's, or AdamW; each group has a "scale" of the learning rate."""
+    groups, fused = (
+        parameter_groups(model, args.weight_decay, args.layer_decay),
+        device.type in ("cuda", "cpu"),
+    )
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, args.lr, fused=fused)
 
 
-def learning_rate(step, steps, peak):
-    """Polynomial decay to 0, power 0.9."""
-    return peak * (1 - step / steps) ** 0.9
+def learning_rate(step, steps, peak, floor=1e-5):
+    """Polynomial decay of power 0.9 from `peak` to `floor` (Segmenter)."""
+    floor = min(floor, peak)
+    return (peak - floor) * (1 - step / steps) ** 0.9 + floor
 
 
-# ------------------------------------------------------------------------------------------ evaluation
+def segmentation_loss(logits, labels):
+    """Mean cross-entropy of logits [B, C, H, W] where the label uint8 [B, H, W] is not 255; 0 without any."""
+    labels = labels.long()
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 LARGEST = 2**28  # probabilities that a prediction holds at a time, 1 GiB
@@ -554,51 +794,54 @@ def window_starts(length, window, stride):
 
 
 def sliding_window(model, image, window, stride, batch):
-    """Logits of an image of any size: float [3, H, W] -> float32 [C, H, W], the mean where windows overlap.
+    """Logits of an image of any size: float [3, H, W] -> float32 [C, H', W'], the mean where windows overlap.
 
-    window, stride: (height, width); the model sees `batch` windows at a time. An image smaller than the
-    window is padded with 0.
+    window, stride: (height, width). The model sees `batch` windows at a time. An image smaller than the window is
+    enlarged until it covers the window (Segmenter); H' and W' are its enlarged size, else H and W.
     """
-    height, width = image.shape[-2:]
-    image = F.pad(image, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
+    scale = max(w / side for w, side in zip(window, image.shape[-2:]))
+    if scale > 1:
+        size = [max(w, int(side * scale)) for w, side in zip(window, image.shape[-2:])]
+        image = F.interpolate(image[None], size, mode="bilinear")[0]
     rows, columns = (window_starts(n, w, d) for n, w, d in zip(image.shape[-2:], window, stride))
     corners = [(top, left) for top in rows for left in columns]
-    total, count = 0.0, image.new_zeros(image.shape[-2:], dtype=torch.float32)
-    for begin in range(0, len(corners), batch):
-        part = corners[begin : begin + batch]
+    total, seen = 0.0, image.new_zeros(image.shape[-2:], dtype=torch.float32)
+    for start in range(0, len(corners), batch):
+        part = corners[start : start + batch]
         logits = model(torch.stack([image[:, y : y + window[0], x : x + window[1]] for y, x in part])).float()
-        if begin == 0:
+        if start == 0:
             total = logits.new_zeros(logits.shape[1], *image.shape[-2:])  # C,H,W
         for (y, x), values in zip(part, logits):
             total[:, y : y + window[0], x : x + window[1]] += values
-            count[y : y + window[0], x : x + window[1]] += 1
-    return (total / count)[:, :height, :width]
+            seen[y : y + window[0], x : x + window[1]] += 1
+    return total / seen
 
 
-def class_probabilities(model, image, s, size=None):
-    """Image uint8 [3, H, W] -> probabilities [C, *size], by default at its own size: logits brought back to
-    it, softmax, with --multi-scale the mean over scales and flips."""
-    size, pixels, total = size or image.shape[-2:], train.plain_colours(image), 0.0
-    scales, flips = (SCALES, (False, True)) if s["multi_scale"] else ((1.0,), (False,))
+def class_probabilities(model, image, args, size=None):
+    """Image uint8 [3, H, W] -> probabilities [C, *size], by default at its own size: logits resized to it, softmax,
+    with --multi-scale the mean over scales and flips."""
+    size, pixels, total = size or image.shape[-2:], train.normalize(image), 0.0
+    scales, flips = (SCALES, (False, True)) if args.multi_scale else ((1.0,), (False,))
     for scale in scales:
-        scaled = scaled_size(*image.shape[-2:], s["base_size"] * scale)
+        short = (args.base_size or min(image.shape[-2:])) * scale
+        scaled = scaled_size(*image.shape[-2:], short)
         resized = F.interpolate(pixels[None], scaled, mode="bilinear", antialias=True)[0]
         for flip in flips:
             view = resized.flip(-1) if flip else resized
-            with autocast(s["precision"], image.device):
-                logits = sliding_window(model, view, s["window"], s["stride"], s["window_batch"])
+            with train.autocast(args.precision, image.device):
+                logits = sliding_window(model, view, args.window, args.stride, args.window_batch)
             logits = logits.flip(-1) if flip else logits
             total = total + F.interpolate(logits[None], size, mode="bilinear")[0].softmax(0)
     return total / (len(scales) * len(flips))
 
 
-def segment(model, image, s, classes):
-    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not
-    fit into memory is predicted at a smaller size."""
+def segment(model, image, args, classes):
+    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not fit into
+    memory is predicted at a smaller size."""
     size = image.shape[-2:]
-    share = LARGEST / (classes * math.prod(size))
-    small = size if share >= 1 else scaled_size(*size, math.sqrt(share) * min(size))
-    labels = class_probabilities(model, image, s, small).argmax(0).to(torch.uint8).cpu()
+    fraction = LARGEST / (classes * math.prod(size))
+    small = size if fraction >= 1 else scaled_size(*size, math.sqrt(fraction) * min(size))
+    labels = class_probabilities(model, image, args, small).argmax(0).to(torch.uint8).cpu()
     return F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0].numpy()
 
 
@@ -610,22 +853,22 @@ def confusion(truth, predicted, classes):
 
 
 def scores(matrix):
-    """Figures in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy and both by
-    class, NaN where a class is in neither truth nor prediction; such classes are left out of the means."""
+    """Figures in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy, and both by class: NaN
+    if a class is in neither truth nor prediction. Such classes are left out of the means."""
     matrix = np.asarray(matrix, np.float64)
-    right, true, said = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore"):
-        iou, accuracy = right / (true + said - right), right / true
+        iou, accuracy = right / (true + predicted - right), right / true
     means = [float(np.nanmean(x)) if np.isfinite(x).any() else 0.0 for x in (iou, accuracy)]
+    pixel_accuracy = float(right.sum() / max(true.sum(), 1))
     return {
-        "miou": means[0], "pixel_accuracy": float(right.sum() / max(true.sum(), 1)), "mean_accuracy": means[1],
-        "iou": iou, "accuracy": accuracy,
+        "miou": means[0], "pixel_accuracy": pixel_accuracy, "mean_accuracy": means[1], "iou": iou, "accuracy": accuracy,
     }  # fmt: skip
 
 
 def average_precision(confidence, present):
-    """Mean of the precisions at each positive: confidence float [n], present bool [n] -> 0..1. Among equal
-    confidences all count."""
+    """Mean of the precisions at each positive: confidence float [n], present bool [n] -> 0..1. Equal confidences count
+    together."""
     order = np.argsort(-confidence, kind="stable")
     confidence, present = confidence[order], present[order]
     last = np.searchsorted(-confidence, -confidence, side="right")  # rank of the last of equals, from 1
@@ -633,36 +876,35 @@ def average_precision(confidence, present):
 
 
 @torch.no_grad()
-def evaluate(model, source, s, processes, classes):
-    """Figures over a set of images, each counted once by one process, the same for any number of them.
+def evaluate(model, source, args, classes, rank, world_size, device):
+    """Figures over a set of images, each counted once by one process; the same for any number of processes.
 
-    Returns the dict of `scores` with localisation_miou, the predictions restricted to the classes that are in
-    the image's truth, and classification_map, the mean average precision of saying which classes are in an
-    image by the largest probability of any pixel. Raises Problem for an image that cannot be read.
+    Returns the dict of `scores` with localization_miou, where predictions are restricted to the classes in an image's
+    truth, and classification_map, the mean average precision of telling which classes are in an image by the largest
+    probability of any pixel. Ends with an error if an image cannot be read.
     """
-    device, model = processes.device, model.eval()
+    model.eval()
     matrices = torch.zeros(2, classes, classes, dtype=torch.long, device=device)
     confidence, present = torch.zeros(2, len(source), classes, device=device)
-    numbers = range(processes.rank, len(source), processes.world)
-    workers = min(s["workers"], len(numbers))
-    for item in feed(Whole(source), workers, device, batch_size=None, sampler=numbers):
+    indices = range(rank, len(source), world_size)
+    workers = min(args.workers, len(indices), 4)
+    for item in train.read_batches(Whole(source), workers, device, batch_size=None, sampler=indices):
         if item["unreadable"]:
-            raise Problem(f"cannot evaluate: {item['unreadable']}; mend the file or take it out")
-        truth, probabilities = item["labels"], class_probabilities(model, item["image"], s)
-        i = item["number"]
+            fail(f"cannot evaluate: {item['unreadable']}; repair or remove the file")
+        item, i = train.to_device(item, device), item["index"]
+        truth, probabilities = item["labels"], class_probabilities(model, item["image"], args)
         confidence[i] = probabilities.amax((1, 2))
         present[i] = torch.bincount(truth.flatten().long(), minlength=256)[:classes] > 0
         matrices[0] += confusion(truth, probabilities.argmax(0), classes)
         allowed = probabilities.masked_fill(present[i][:, None, None] == 0, -1.0)
         matrices[1] += confusion(truth, allowed.argmax(0), classes)
     model.train()
-    matrices = np.array(processes.sum(matrices))
-    confidence, present = np.array(processes.sum(confidence)), np.array(processes.sum(present)) > 0
-    occurring = np.flatnonzero(present.any(0))
-    precision = [average_precision(confidence[:, k], present[:, k]) for k in occurring]
+    sums = [np.array(train.sum_over_processes(x, device)) for x in (matrices, confidence, present)]
+    matrices, confidence, present = sums[0], sums[1], sums[2] > 0
+    precision = [average_precision(confidence[:, k], present[:, k]) for k in np.flatnonzero(present.any(0))]
     return {
         **scores(matrices[0]),
-        "localisation_miou": scores(matrices[1])["miou"],
+        "localization_miou": scores(matrices[1])["miou"],
         "classification_map": float(np.mean(precision)) if precision else 0.0,
         "images": len(source), "pixels": matrices[0].sum(1), "confusion": matrices[0],
     }  # fmt: skip
@@ -670,274 +912,365 @@ def evaluate(model, source, s, processes, classes):
 
 FIGURES = {
     "miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy",
-    "localisation_miou": "localisation mIoU", "classification_map": "classification mAP",
+    "localization_miou": "localization mIoU", "classification_map": "classification mAP",
 }  # fmt: skip
 
 
-def report(result, classes, processes, table=True):
+def protocol_of(args, split, images, classes):
+    """What a figure was measured with, so that it can be quoted."""
+    scales = "scales 0.5-1.75 with flips" if args.multi_scale else "single scale"
+    size = {key: "x".join(map(str, getattr(args, key))) for key in ("window", "stride")}
+    return (
+        f"{args.name} {split}, {images} images, {classes} classes, base size {args.base_size or 'of each image'}, window "
+        f"{size['window']}, stride {size['stride']}, {scales}"
+    )
+
+
+def report(result, classes, say, protocol, table=True):
     """Print the figures of an evaluation, with a table of the classes."""
-    line = " | ".join(f"{title} {result[name]:.2%}" for name, title in FIGURES.items())
     if table:
         width = max(map(len, classes))
-        processes.say(f"{'class':<{width}}    IoU  accuracy  share of pixels")
+        say(f"{'class':<{width}}    IoU  accuracy  share of pixels")
         shares = result["pixels"] / max(result["pixels"].sum(), 1)
-        for name, iou, accuracy, share in zip(classes, result["iou"], result["accuracy"], shares):
+        for name, iou, accuracy, part in zip(classes, result["iou"], result["accuracy"], shares):
             figures = f"{iou:7.1%}{accuracy:10.1%}".replace("nan%", "   -")
-            processes.say(f"{name:<{width}}{figures}{share:16.2%}")
-    processes.say(f"{result['images']} images: {line}")
+            say(f"{name:<{width}}{figures}{part:16.2%}")
+    say(f"{protocol}: " + " | ".join(f"{title} {result[name]:.2%}" for name, title in FIGURES.items()))
 
 
 def write_results(path, result, classes, **more):
-    """Keep the figures of an evaluation as JSON."""
+    """Write the figures of an evaluation as JSON."""
     by_class = [
-        {"name": name, **{key: None if np.isnan(result[key][k]) else float(result[key][k]) for key in ("iou", "accuracy")},
-         "pixels": int(result["pixels"][k])}
+        {
+            "name": name,
+            **{
+                key: None if np.isnan(result[key][k]) else float(result[key][k])
+                for key in ("iou", "accuracy")
+            },
+            "pixels": int(result["pixels"][k]),
+        }
         for k, name in enumerate(classes)
-    ]  # fmt: skip
-    figures = {name: result[name] for name in FIGURES}
-    content = {**more, "images": result["images"], **figures, "classes": by_class}
+    ]
+    content = {
+        **more,
+        "images": result["images"],
+        **{name: result[name] for name in FIGURES},
+        "classes": by_class,
+    }
     content["confusion"] = result["confusion"].tolist()
-    train.save_text(path, json.dumps(content, indent=1) + "\n")
+    train.write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-# -------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------ pictures
 
 
 def paint(labels, palette):
-    """Labels [H, W] -> picture in the classes' colours; 255 is black."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(palette)] = palette
-    return Image.fromarray(colours[np.asarray(labels)])
+    """Labels [H, W] -> picture in the classes' colors; 255 is black."""
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(palette)] = palette
+    return Image.fromarray(colors[np.asarray(labels)])
 
 
 def legend(labels, classes, palette, height):
-    """A column, `height` or more high: colour and name of every class in `labels`, most frequent first."""
+    """A column, `height` or more high: color and name of every class in `labels`, the most frequent first."""
     counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(classes)]
     shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
     font, row = ImageFont.load_default(13), 20
     width = 40 + max((int(font.getlength(classes[k])) for k in shown), default=0)
     column = Image.new("RGB", (width, max(height, row * len(shown) + 8)), "white")
     pen = ImageDraw.Draw(column)
-    for i, k in enumerate(shown):
-        y = 4 + i * row
+    for y, k in zip(itertools.count(4, row), shown):
         pen.rectangle((6, y + 2, 22, y + row - 4), fill=tuple(palette[k]), outline="black")
         pen.text((28, y + 1), classes[k], fill="black", font=font)
     return column
 
 
-def beside(pictures, gap=4):
-    """Pictures in a row."""
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    row, x = Image.new("RGB", (width, max(p.height for p in pictures)), "white"), 0
-    for picture in pictures:
-        row.paste(picture, (x, 0))
-        x += picture.width + gap
-    return row
-
-
-@torch.no_grad()
-def draw_sheet(model, source, s, device, classes, palette, count=4, height=200):
-    """Some images of a set, evenly spread: photo, truth, prediction and legend in a row each."""
-    model.eval()
-    rows = []
-    for i in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
-        image, truth = source.read(i)
-        predicted, truth = segment(model, image.to(device), s, len(classes)), truth.numpy()
-        size = (max(1, min(4 * height, round(height * truth.shape[1] / truth.shape[0]))), height)
-        maps = [paint(x, palette).resize(size, Image.NEAREST) for x in (truth, predicted)]
-        entries = legend(np.concatenate([truth.ravel(), predicted.ravel()]), classes, palette, height)
-        rows.append(beside([train.photo(image).resize(size, Image.BICUBIC), *maps, entries]))
-    model.train()
-    y = 18
-    whole = (max(r.width for r in rows), sum(r.height + 4 for r in rows) + y)
-    sheet = Image.new("RGB", whole, "white")
-    ImageDraw.Draw(sheet).text((4, 3), "photo | truth (black: ignored) | prediction", fill="black")
-    for row in rows:
-        sheet.paste(row, (0, y))
-        y += row.height + 4
+def join(pictures, down=False, gap=4):
+    """Pictures in a row, or below each other."""
+    ends = np.cumsum([(p.height if down else p.width) + gap for p in pictures])
+    across = max(p.width if down else p.height for p in pictures)
+    sheet = Image.new("RGB", (across, int(ends[-1])) if down else (int(ends[-1]), across), "white")
+    for picture, end in zip(pictures, ends):
+        start = int(end) - gap - (picture.height if down else picture.width)
+        sheet.paste(picture, (0, start) if down else (start, 0))
     return sheet
 
 
 @torch.no_grad()
-def predict(s, saved, model, processes):
-    """Segment images: NAME_mask.png in colours, NAME_overlay.png with a legend, NAME_labels.png with class
-    indices -> exit code."""
-    source, out, device = Path(s["predict"]), Path(s["out"]), processes.device
-    files, root = [source], source.parent
+def draw_sheet(model, source, args, device, classes, palette, rows=4, height=200):
+    """Images of a set, evenly spread: photo, truth, prediction and legend in a row each."""
+    model.eval()
+    title = Image.new("RGB", (420, 20), "white")
+    ImageDraw.Draw(title).text((4, 3), "photo | truth (black: ignored) | prediction", fill="black")
+    sheet = [title]
+    for i in np.unique(np.linspace(0, len(source) - 1, rows).astype(int)):
+        image, truth = source.read(i)
+        predicted, truth = segment(model, image.to(device), args, len(classes)), truth.numpy()
+        size = (max(1, min(4 * height, round(height * truth.shape[1] / truth.shape[0]))), height)
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.BICUBIC)
+        maps = [paint(x, palette).resize(size, Image.NEAREST) for x in (truth, predicted)]
+        entries = legend(np.concatenate([truth.ravel(), predicted.ravel()]), classes, palette, height)
+        sheet.append(join([photo, *maps, entries]))
+    model.train()
+    return join(sheet, down=True)
+
+
+# -------------------------------------------------------------------------------------- evaluate and predict
+
+
+def load_segmenter(args, content, device):
+    """The model that a checkpoint holds, on the device."""
+    model = build_model(args, len(content["classes"]))
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError:  # it lists all that does not fit
+        fail(
+            f"--checkpoint {args.checkpoint}: its weights do not fit; leave out --crop, --model and other sizes"
+        )
+    return model.to(device).eval()
+
+
+def evaluate_only(args, content):
+    """Evaluate a checkpoint on a split; write results.json and predictions.png."""
+    rank, world_size, device = train.init_distributed(args.device)
+    args.precision = args.precision or train.default_precision(device)
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
+    settle_windows(args)
+    classes, palette, out = content["classes"], content["palette"], Path(args.out)
+    (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, say, classes)
+    model = load_segmenter(args, content, device)
+    result = evaluate(model, source, args, len(classes), rank, world_size, device)
+    protocol = protocol_of(args, args.split, len(source), len(classes))
+    report(result, classes, say, protocol)
+    if rank == 0:
+        write_results(
+            out / "results.json",
+            result,
+            classes,
+            protocol=protocol,
+            checkpoint=args.checkpoint,
+            step=content["step"],
+        )
+        sheet = draw_sheet(model, source, args, device, classes, palette)
+        train.write_file(out / "predictions.png", lambda file: sheet.save(file, "PNG"))
+        say(f"{out}: results.json, predictions.png")
+
+
+@torch.no_grad()
+def predict(args, content):
+    """Segment any images: NAME_mask.png in colors, NAME_overlay.png with a legend, NAME_labels.png with class indices."""
+    rank, world_size, device = train.init_distributed(args.device)
+    args.precision = args.precision or train.default_precision(device)
+    settle_windows(args)
+    model, classes, palette = load_segmenter(args, content, device), content["classes"], content["palette"]
+    source, files = Path(args.predict), [Path(args.predict)]
+    root = source if source.is_dir() else source.parent
     if source.is_dir():
-        files, root = [source / name for name in train.find_images(source, named="--predict")], source
-    classes, palette = saved["classes"], saved["palette"]
-    stems = Counter(path.relative_to(root).with_suffix("") for path in files)
-    failed = 0
-    for path in files[processes.rank :: processes.world]:
+        files = [source / os.fsdecode(name) for name in train.find_images(source, "--predict")]
+    stems, failed = Counter(path.relative_to(root).with_suffix("") for path in files), 0
+    for path in files[rank::world_size]:
         try:
             image = train.read_image(path)
-        except Exception as error:  # a damaged file can make a decoder say anything
+        except Exception as error:  # a damaged file can make a decoder raise anything
             failed += 1
-            print(f"warning: {str(path)!r} cannot be read: {error}", file=sys.stderr, flush=True)
+            print(f"warning: cannot read {path}: {error}", file=sys.stderr, flush=True)
             continue
-        labels = segment(model.eval(), image.to(device), s, len(classes))
+        labels = segment(model, image.to(device), args, len(classes))
         stem = path.relative_to(root).with_suffix("")
-        name = out / (stem if stems[stem] == 1 else path.relative_to(root))
-        picture, mask = train.photo(image), paint(labels, palette)
-        train.save_picture(f"{name}_mask.png", mask)
-        train.save_picture(f"{name}_labels.png", Image.fromarray(labels))
-        overlay = Image.blend(picture, mask, 0.55)
-        overlay = beside([overlay, legend(labels, classes, palette, overlay.height)])
-        train.save_picture(f"{name}_overlay.png", overlay)
+        name = Path(args.out) / (stem if stems[stem] == 1 else path.relative_to(root))
+        mask = paint(labels, palette)
+        overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask, 0.55)
+        overlay = join([overlay, legend(labels, classes, palette, overlay.height)])
+        for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
+            train.write_file(f"{name}_{kind}.png", functools.partial(picture.save, format="PNG"))
         print(f"{path} -> {name}_mask.png, _overlay.png, _labels.png", flush=True)
-    if processes.sum([float(failed)])[0] == len(files):
-        raise Problem(f"--predict {source}: none of the images can be read")
-    return 0
+    if train.sum_over_processes([float(failed)], device)[0] == len(files):
+        fail(f"--predict {source}: none of the images can be read")
 
 
-# ------------------------------------------------------------------------------------------------ loop
+# ---------------------------------------------------------------------------------------------------- main
 
 
-def finetune(s, weights, processes):
-    """Train from the run folder's last checkpoint, or from the start, to the end -> exit code."""
-    run = Finetuning(s, weights, processes)
-    model, optimizer, device = run.model, run.optimizer, processes.device
-    net = processes.wrap(model)
-    processes.listen()
+def main(args):
+    """Fine-tune as the settings say, from the last checkpoint in --out if there is one."""
+    if args.eval_only or args.predict:
+        return (predict if args.predict else evaluate_only)(args, args.__dict__.pop("content"))
 
-    # closing ends the workers, whatever happens
-    with contextlib.closing(run.batches(Crops(run.images, s), run.count)) as batches:
-        for step in range(run.first, run.steps):
+    # ---- processes: torchrun's environment, or a single one ----
+    rank, world_size, device = train.init_distributed(args.device)
+    args.precision = args.precision or train.default_precision(device)
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
+    out = Path(args.out)
+
+    # ---- data ----
+    weights = choose_encoder(args, say)
+    settle_windows(args)
+    (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device, say)
+    whole = len(images)
+    images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
+    names = "/".join(str(Path(str(image)).name) for image, *_ in images.pairs) if args.folder else "scenes"
+    args.images = f"{len(images)} images, names {hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    args.classes = len(classes)
+    epoch_images = whole if args.schedule_in == "steps" else len(images)
+    total_steps = args.steps or max(1, round(args.epochs * epoch_images / args.batch))
+
+    # ---- model and optimizer ----
+    train.seed_all(args.seed)
+    try:
+        model = build_model(
+            args, len(classes), pretrained=args.init != "none" and not (out / "last.pt").exists()
+        )
+        if weights is not None:
+            say(f"--init {args.init}: {loca.load_encoder(model.encoder, weights)}")
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
+        fail(f"{args.encoder or f'--init {args.init}'}: {error}")
+    model.to(device).train()
+    optimizer = make_optimizer(model, args, device)
+
+    # ---- resume: the same command continues the run in --out ----
+    modules = {"model": model, "optimizer": optimizer}
+    saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
+    start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
+    net = model
+    if world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    # ---- log ----
+    meter, log = train.Meter(device, world_size), train.Log(out, start_step) if rank == 0 else None
+    if rank == 0:
+        train.write_file(
+            out / "settings.json", lambda file: file.write(json.dumps(vars(args), indent=1).encode())
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    say(
+        f"{world_size} x {device.type}, {args.precision}; batch {args.batch}; {len(images)} of {whole} images, "
+        f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained parameters; "
+        f"{total_steps} steps; start: {args.encoder or args.init}; run folder {out}"
+    )
+    more, saved_at = {"classes": classes, "palette": palette}, time.monotonic()
+
+    # ---- loop ----
+    rounds = math.ceil(args.batch / len(images))  # few images are used several times in a batch
+    keys = train.step_keys(
+        rounds * len(images),
+        args.batch,
+        args.seed,
+        start_step,
+        total_steps,
+        rank,
+        world_size,
+        args.accumulate,
+    )
+    batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
+    with contextlib.closing(batches), train.catch_signals() as stop:
+        for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, run.steps, s["lr"]) * group["scale"]
-            micro_losses = []
-            for micro in range(s["accumulate"]):
-                batch = run.window.fetch(batches)
-                set_seed(s["seed"], step, processes.rank, micro)
-                last = micro == s["accumulate"] - 1
-                with contextlib.nullcontext() if last or processes.world == 1 else net.no_sync():
-                    with autocast(s["precision"], device):
-                        logits = net(train.plain_colours(batch["image"]))
-                    loss = segmentation_loss(logits, batch["labels"])
-                    (loss / s["accumulate"]).backward()
-                micro_losses.append({"loss": loss})
-            norm = nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
+                group["lr"] = learning_rate(step, total_steps, args.lr) * group["scale"]
+
+            # ---- forward and backward ----
+            total = 0.0
+            for micro in range(args.accumulate):
+                batch = train.to_device(meter.next_batch(batches, len(images) // world_size), device)
+                train.seed_all(args.seed, step, rank, micro)  # stochastic depth
+                last = micro == args.accumulate - 1  # gradients are averaged over the devices once per step
+                with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
+                    with train.autocast(args.precision, device):
+                        logits = net(train.normalize(batch["image"]))
+                    loss = segmentation_loss(logits, batch["labels"]) / args.accumulate
+                    loss.backward()
+                total = total + loss.detach()
+
+            # ---- optimizer ----
+            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            run.window.add(step, micro_losses, norm)
-            if run.after_step(step + 1):
-                return REQUEUE
-    run.finish()
-    return 0
+            meter.add({"loss": total, "gradient_norm": gradient_norm})
+
+            # ---- log, evaluate, save: the only place where the host waits for the device ----
+            done = step + 1
+            evaluate_now = done * args.evaluations // total_steps > step * args.evaluations // total_steps
+            alone = world_size == 1 and stop.signal is not None  # several processes agree at a log line
+            if not (evaluate_now or alone or done % args.log_every == 0):
+                continue
+            record = meter.read(args.batch)
+            train.check_finite(record, done, rank)
+            stopping = train.sum_over_processes([float(stop.signal is not None)], device)[0] > 0
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            record |= {"lr": rate, "memory_gib": train.peak_memory(device)}
+            say(
+                f"step {done}/{total_steps} epoch {done * args.batch / len(images):.1f} | loss {record['loss']:.3f} | lr "
+                f"{rate:.1e} | {record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
+                f"{record['memory_gib']:.1f} GiB"
+            )
+            if evaluate_now and not (stopping and done < total_steps):
+                result = evaluate(model, val_images, args, len(classes), rank, world_size, device)
+                protocol = protocol_of(args, "val", len(val_images), len(classes))
+                report(result, classes, say, protocol, table=done == total_steps)
+                record |= {f"val_{name}": result[name] for name in FIGURES}
+                better = best is None or result["miou"] > best
+                best = max(result["miou"], best or 0.0)
+                if rank == 0:
+                    write_results(
+                        out / "results.json", result, classes, protocol=protocol, step=done, best=best
+                    )
+                    if better:
+                        train.save_checkpoint(
+                            out / "best.pt", args, done, {"model": model}, best=best, **more
+                        )
+                    sheet = draw_sheet(model, val_images, args, device, classes, palette)
+                    train.write_file(out / "predictions.png", functools.partial(sheet.save, format="PNG"))
+                meter.reset()  # the time of the evaluation is not the steps'
+            if rank == 0:
+                log.write({"step": done, "epoch": done * args.batch / len(images), **record})
+                if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
+                    train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
+                    saved_at = time.monotonic()
+            if stopping and done < total_steps:
+                say(f"asked to stop: saved at step {done}; the same command resumes there")
+                train.end_processes()
+                sys.exit(train.EXIT_STOPPED)
+
+    # ---- end ----
+    train.end_processes()
+    say(
+        f"best mIoU {best:.2%}\n{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl, settings.json"
+    )
+    say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
 
 
-def segmentation_loss(logits, labels):
-    """Mean cross-entropy of logits [B, C, H, W] where the label uint8 [B, H, W] is not 255; 0 without any."""
-    labels = labels.long()
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
-
-
-class Finetuning(train.Run):
-    """Data, model and initial weights of a fine-tuning run; evaluations and the best checkpoint on the way."""
-
-    best = None  # mIoU
-
-    def __init__(self, s, weights, processes):
-        super().__init__(s, processes)
-        (self.images, self.val), self.classes, self.palette = open_data(s, processes, ("train", "val"))
-        whole = len(self.images)
-        chosen = choose_subset(whole, s["fraction"], s["seed"])
-        self.images.pairs = [self.images.pairs[i] for i in chosen]
-        self.epoch_images = len(self.images)
-        self.count = self.epoch_images * math.ceil(s["batch"] / self.epoch_images)  # few images go round
-        counted = whole if s["schedule_in"] == "steps" else self.epoch_images
-        self.steps = s["steps"] or max(1, round(s["epochs"] * counted / s["batch"]))
-        self.s = s = {**s, "images": self.epoch_images, "classes": len(self.classes)}
-        set_seed(s["seed"])
-        self.model = build(s, len(self.classes))
-        if weights is not None:
-            try:
-                processes.say(f"{s['init']}: {loca.load_encoder(self.model.encoder, weights)}")
-            except ValueError as error:
-                raise Problem(f"--init {s['init']}: {error}") from error
-        self.model.to(processes.device).train()
-        self.optimizer = make_optimizer(self.model, s, processes.device)
-        self.parts = {"model": self.model, "optimizer": self.optimizer}
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        self.begin(
-            ("loss", "gradient_norm"),
-            f"{self.epoch_images} of {whole} images, {len(self.val)} for validation, {len(self.classes)} classes; "
-            f"{s['optimizer']}, {trained:.2f} M parameters trained; start: {s['init']}",
-        )
-
-    def evaluate_now(self, done):
-        parts = max(1, self.s["evaluations"])
-        return done * parts // self.steps > (done - 1) * parts // self.steps
-
-    def evaluate(self, done):
-        """Validation figures on the screen, in the log and results.json; sheet; best checkpoint."""
-        result = evaluate(self.model, self.val, self.s, self.processes, len(self.classes))
-        report(result, self.classes, self.processes, table=done == self.steps)
-        better = self.best is None or result["miou"] > self.best
-        self.best = result["miou"] if better else self.best
-        self.write(done, {f"val_{name}": result[name] for name in FIGURES})
-        if self.processes.main:
-            path = self.out / "results.json"
-            write_results(path, result, self.classes, step=done, split="val", best=self.best)
-            if better:
-                self.save(done, "best.pt")
-            device = self.processes.device
-            sheet = draw_sheet(self.model, self.val, self.s, device, self.classes, self.palette)
-            train.save_picture(self.out / "predictions.png", sheet)
-            train.save_picture(self.out / "curves.png", train.draw_curves([self.out]))
-
-    def save(self, done, name):
-        """Write a checkpoint; it rebuilds the model alone."""
-        parts = self.parts if name == "last.pt" else {"model": self.model}
-        self.write_checkpoint(done, name, parts, classes=self.classes, palette=self.palette)
-
-    def finish(self):
-        """Say what the run made and what to do next."""
-        say, s, out = self.processes.say, self.s, self.out
-        say(f"best mIoU {self.best:.2%}")
-        files = "last.pt, best.pt, results.json, predictions.png, curves.png, metrics.jsonl, settings.json"
-        script = "python finetune_seg.py"
-        say(f"{out}: {files}")
-        say(f"on your images: {script} --predict IMAGES --checkpoint {out}/best.pt --out DIR")
-        if s["name"] == "scenes" and s["init"] != "none":
-            sizes = "".join(f" {train.flag(k)} {s[k]}" for k in SIZES if s[k] != SCENES_PRESET[k])
-            say(f"the same from scratch: {script} --init none --out {out}_scratch{sizes}")
-        elif s["name"] == "scenes":
-            say(f"from pretrained weights: python train.py, then {script} --out {out}_pretrained")
-
-
-def evaluate_only(s, saved, model, processes):
-    """Evaluate a checkpoint on a split -> exit code."""
-    classes, palette = saved["classes"], saved["palette"]
-    (source,), _, _ = open_data(s, processes, (s["split"],), classes)
-    result = evaluate(model, source, s, processes, len(classes))
-    report(result, classes, processes)
-    if processes.main:
-        out = Path(s["out"])
-        how = {"checkpoint": str(s["checkpoint"]), "split": s["split"], "multi_scale": s["multi_scale"]}
-        write_results(out / "results.json", result, classes, step=saved["step"], **how)
-        sheet = draw_sheet(model, source, s, processes.device, classes, palette)
-        train.save_picture(out / "predictions.png", sheet)
-        processes.say(f"{out}: results.json, predictions.png")
-    return 0
-
-
-# ------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- command line
 
 VAL_SCENES = 50
 SCENES_RUN = "runs/scenes/last.pt"  # where train.py without --data leaves its checkpoint
 SCENES_PRESET = {
-    "patch_size": 8, "dim": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "base_size": 128, "crop": [96, 96], "stride": [64, 64],
-    "batch": 16, "steps": 400, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
+    **{name: train.SCENES_PRESET[name] for name in SIZES}, "base_size": 128, "crop": 96, "stride": 64, "batch": 16,
+    "steps": 400, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
 SMALL_PRESET = {  # goes with train.py --small
     **{name: train.SMALL_PRESET[name] for name in SIZES}, "base_size": 192, "crop": 128, "stride": 64, "batch": 16,
     "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
-PROTOCOL = ("base_size", "crop", "stride", "batch", "lr", "epochs")  # what a data set's entry tells
-ADAMW_RATE = 0.0001
+ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
+
+
+def data_flag(text):
+    """argparse type of --data NAME:DIR."""
+    name, _, folder = text.partition(":")
+    if name not in DATASETS or not folder:
+        raise argparse.ArgumentTypeError(f"give NAME:DIR with a NAME of {', '.join(DATASETS)}, not {text!r}")
+    return text
+
+
+def fraction_flag(text):
+    """argparse type of --fraction, as 1/32 or 0.25."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"give a share above 0 and at most 1, as 1/32 or 0.25, not {text}")
+    return value
 
 
 def make_parser():
@@ -946,194 +1279,130 @@ def make_parser():
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="NAME:DIR", help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
-    g.add_argument("--classes", type=int, help="classes of folder:DIR; default: one more than the largest mask value")
-    g.add_argument("--fraction", default="1", help="share of the training images, as 1/32; of one seed the smaller lies in the larger")
+    g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
+    g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
+    g.add_argument("--fraction", type=fraction_flag, default=1.0, help="share of the training images, as 1/32; smaller ones lie within larger ones")
     g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs of the fewer images, or for as many steps as with all")
-    g.add_argument("--small", **yes_no, help="small images, a small model, a quarter of an hour on two cores; goes with train.py --small")
-    g.add_argument("--scenes", type=int, default=400, help="drawn scenes to train on, without --data")
-    g.add_argument("--workers", type=int, help="loader processes per device; default: its share of the cores")
+    g.add_argument("--small", **yes_no, help="a preset that goes with train.py --small: small images and model, a quarter of an hour on two cores")
+    g.add_argument("--scenes", type=count, default=400, help="drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", help="weights to start from: of train.py, published (flax), or a ViT as timm, DINO, iBOT, MAE name it; none: from scratch")
-    g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, where --init holds both")
-    g.add_argument("--class-token", **yes_no, help="keep the class token of weights that have one")
-    g.add_argument("--freeze", **yes_no, help="train the decoder alone (linear probe); wants a larger --lr")
-    g.add_argument("--model", choices=list(loca.SIZES), help="size; default: that of --init, else B/16; the next flags change parts of it")
-    g.add_argument("--patch-size", type=int, help="side of a patch, pixels")
-    g.add_argument("--dim", type=int, help="width")
-    g.add_argument("--depth", type=int, help="blocks")
-    g.add_argument("--heads", type=int, help="attention heads; where the file does not tell: as in LOCA's size of that width, else 64 wide each")
-    g.add_argument("--mlp-dim", type=int, help="hidden width of a block's MLP")
-    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
-    g = parser.add_argument_group("sizes; defaults: the data set's")
-    g.add_argument("--base-size", type=int, help="short side to which images are brought, pixels; training scales it by 0.5-2")
-    g.add_argument("--crop", type=int, nargs="+", metavar="N", help="training crop, pixels: side, or height and width")
-    g.add_argument("--window", type=int, nargs="+", metavar="N", help="window of evaluation; default: the crop")
-    g.add_argument("--stride", type=int, nargs="+", metavar="N", help="step between windows; smaller is slower and smoother")
-    g = parser.add_argument_group("training; defaults: the data set's")
-    g.add_argument("--epochs", type=int, help="passes over the images")
-    g.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
-    g.add_argument("--batch", type=int, help="images per step, over all devices and micro-batches")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step, to save memory")
+    g.add_argument("--init", metavar="FILE", help="weights to start from: of train.py, published (flax), or a ViT as timm, DINO, iBOT, MAE, MoCo v3, I-JEPA and Hugging Face name it; none: from scratch")
+    g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, if --init holds both")
+    g.add_argument("--encoder", metavar="timm:NAME", help="a ViT of timm by name with its pretrained weights (pip install timm); --init none leaves them out")
+    g.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="keep the class token of weights that have one in the encoder; default: yes")
+    g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
+    g.add_argument("--model", choices=list(loca.SIZES), help="size; default: that of --init, else B/16; the next five flags change parts of it")
+    g.add_argument("--patch-size", type=count, help="side of a patch, pixels")
+    g.add_argument("--dim", type=count, help="width")
+    g.add_argument("--depth", type=count, help="number of blocks")
+    g.add_argument("--heads", type=count, help="attention heads, if the file does not tell")
+    g.add_argument("--mlp-dim", type=count, help="hidden width of a block's MLP")
+    g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth of the last block")
+    g = parser.add_argument_group("sizes (default: the data set's)")
+    g.add_argument("--base-size", type=count_or_0, help="short side to which images are resized, pixels; training scales it by 0.5-2; 0: each image's own")
+    g.add_argument("--crop", type=count, nargs="+", metavar="N", help="training crop, pixels: side, or height and width")
+    g.add_argument("--window", type=count, nargs="+", metavar="N", help="window of the evaluation; default: the crop")
+    g.add_argument("--stride", type=count, nargs="+", metavar="N", help="step between windows; smaller is slower and smoother")
+    g = parser.add_argument_group("training (default: the data set's)")
+    g.add_argument("--epochs", type=count, help="passes over the images")
+    g.add_argument("--steps", type=count, help="optimizer steps, instead of --epochs")
+    g.add_argument("--batch", type=count, help="images per step, over all devices and micro-batches")
+    g.add_argument("--accumulate", type=count, default=1, help="micro-batches per step, to save memory")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="default: sgd, as in Segmenter; adamw is easier on small data")
-    g.add_argument("--lr", type=float, help=f"peak learning rate; default: the data set's for sgd, {ADAMW_RATE} for adamw")
-    g.add_argument("--weight-decay", type=float, help="on matrices alone; default: 0 for sgd, 0.05 for adamw")
-    g.add_argument("--layer-decay", type=float, default=1.0, help="learning rate of each block over that of the next; 0.65-0.9 keeps pretrained features")
-    g.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as in Segmenter")
-    g.add_argument("--seed", type=int, default=0, help="of everything random")
+    g.add_argument("--lr", type=positive, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
+    g.add_argument("--weight-decay", type=positive_or_0, help=f"on matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
+    g.add_argument("--layer-decay", type=share, default=1.0, help="ratio of the learning rates of a block and the next one; 0.65-0.9 preserves pretrained features")
+    g.add_argument("--clip", type=positive_or_0, default=0.0, help="largest gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
-    g.add_argument("--split", default="val", help="part to evaluate with --eval-only: val, or test where the data set has it")
+    g.add_argument("--split", default="val", choices=["val", "test"], help="part to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
-    g.add_argument("--window-batch", type=int, default=8, help="windows at a time; changes memory and speed, not results")
-    g.add_argument("--evaluations", type=int, default=10, help="evaluations in a run, evenly spread; the last is always made")
+    g.add_argument("--window-batch", type=count, default=8, help="windows at a time; changes memory and speed, not results")
+    g.add_argument("--evaluations", type=count, default=10, help="evaluations during a run, evenly spaced; the last one is at the end")
     g.add_argument("--predict", metavar="PATH", help="an image or a folder to segment with --checkpoint, into --out")
-    g = parser.add_argument_group("run")
-    g.add_argument("--out", metavar="DIR", help="run folder; a run that is in it goes on; default: runs/finetune_NAME")
-    g.add_argument("--device", help="cuda, mps or cpu; default: the first of these that is there")
-    g.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
-    g.add_argument("--log-every", type=int, default=20, help="steps between log lines; processes agree to stop there")
-    g.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
+    g = train.add_run_flags(parser)
+    g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
     # fmt: on
     return parser
 
 
-def read_settings(arguments, world):
-    """Command line -> settings and what they start from: a checkpoint (--eval-only, --predict), the initial
-    weights, or None. Raises Problem for what cannot work, before any data is read."""
+number_of_classes = train.number(int, 1, ILLEGAL - 1)
+
+
+def parse_args(arguments=None):
+    """The command line -> settings. What is not given comes from the preset of the data set or of --small, or from the
+    checkpoint that --eval-only and --predict start from."""
     parser = make_parser()
-    defaults = vars(parser.parse_args([]))
-    not_told = argparse.Namespace(**dict.fromkeys(defaults))  # None everywhere: what differs was told
-    told = {k: v for k, v in vars(parser.parse_args(arguments, not_told)).items() if v is not None}
-    s = {**defaults, **told}
-    looking = s["eval_only"] or s["predict"]
-    if looking:
-        if s["eval_only"]:
-            told.setdefault("checkpoint", f"{s['out'] or 'runs/finetune_' + split_data(s)[0]}/best.pt")
-        content = read_checkpoint(told.get("checkpoint"))
-        preset = content["settings"]
-        s = {**defaults, **{k: v for k, v in preset.items() if k not in train.RUN_ONLY}, **told}
-        s["out"] = s["out"] or ("predictions" if s["predict"] else str(Path(s["checkpoint"]).parent))
-    name, folder = split_data(s)
-    if not looking:
-        data = DATASETS.get(name)
-        preset = {key: getattr(data, key) for key in PROTOCOL} if data else SCENES_PRESET
-        preset = {**preset, **SMALL_PRESET} if s["small"] else preset
-        s = {**s, "optimizer": "sgd", "init": "none", **preset, **told}
-        if data is None and "init" not in told and os.path.exists(SCENES_RUN):
-            s["init"] = SCENES_RUN
-        if s["optimizer"] != preset.get("optimizer", "sgd"):
-            s["lr"] = told.get("lr", ADAMW_RATE if s["optimizer"] == "adamw" else (data or DataSet).lr)
-        if s["weight_decay"] is None:
-            s["weight_decay"] = 0.05 if s["optimizer"] == "adamw" else 0.0
-        if "epochs" in told and "steps" not in told:
-            s["steps"] = None
-        s["out"] = s["out"] or f"runs/finetune_{name}"
-        content, sizes = starting_weights(s)
-        s = {**s, **sizes, **loca.SIZES.get(s["model"], {}), **{k: told[k] for k in SIZES if k in told}}
-    usual = sides(s | preset, "window" if looking else "crop")  # what the stride of the preset is for
-    s.update({key: sides(s, key) for key in ("crop", "window", "stride")})
-    if "stride" not in told:
-        s["stride"] = [max(1, step * new // old) for step, new, old in zip(s["stride"], s["window"], usual)]
-    s.update(name=name, folder=folder, world=world)
-    check_settings(s)
-    return s, content
+    given = parser.parse_args(arguments)
+    name, _, folder = (given.data or "scenes:").partition(":")
+    if folder and not os.path.isdir(folder):
+        parser.error(f"--data {given.data}: there is no folder {folder}")
+    data = DATASETS.get(name)
+    keys = ("base_size", "crop", "stride", "batch", "lr", "epochs")
+    preset = {key: getattr(data, key) for key in keys} if data else dict(SCENES_PRESET)
+    preset |= SMALL_PRESET if given.small else {}
+    preset = {"optimizer": "sgd", "init": "none", "out": f"runs/finetune_{name}", **preset}
+    if given.encoder or (data is None and os.path.exists(SCENES_RUN)):
+        preset["init"] = "timm" if given.encoder else SCENES_RUN
+    optimizer = given.optimizer or preset["optimizer"]
+    if optimizer != preset["optimizer"]:
+        preset["lr"] = ADAMW["lr"] if optimizer == "adamw" else (data or DataSet).lr
+    preset["weight_decay"] = ADAMW["weight_decay"] if optimizer == "adamw" else 0.0
+    if given.epochs:
+        preset["steps"] = None
+    if (given.init or preset["init"]) != "none":  # the sizes of a preset are for training from scratch
+        preset = {key: value for key, value in preset.items() if key not in SIZES}
+    content, usual = None, {"window": preset.pop("crop"), "stride": preset.pop("stride")}
+    if given.eval_only or given.predict:
+        path = given.checkpoint or (given.eval_only and Path(given.out or preset["out"], "best.pt"))
+        if not path or not os.path.isfile(path):
+            parser.error(f"--checkpoint {path or 'FILE'}: no such file; give the best.pt of a run")
+        content = read_checkpoint(path, parser)
+        saved = {key: value for key, value in content["settings"].items() if key not in CHECKPOINT_KEEPS_NOT}
+        if given.data is None or name == saved["name"]:
+            usual = {key: saved[key] for key in usual}
+            preset["base_size"] = saved["base_size"]
+        name, folder = (name, folder) if given.data else (saved["name"], saved["folder"])
+        saved = {key: value for key, value in saved.items() if key not in ("base_size", "window", "stride")}
+        preset |= {
+            **saved,
+            "out": "predictions" if given.predict else str(Path(path).parent),
+            "checkpoint": str(path),
+        }
+    parser.set_defaults(**preset)
+    args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None, usual=usual))
+    if content is None:
+        train.check_batch(args, parser)
+        if args.init not in ("none", "timm") and not os.path.isfile(args.init):
+            parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
+    else:
+        args.content, args.workers = content, args.workers if given.workers is not None else 2
+    if args.split != "val" and not args.eval_only:
+        parser.error(f"--split {args.split}: training is judged on val; add --eval-only")
+    if args.predict and not os.path.exists(args.predict):
+        parser.error(f"--predict {args.predict}: no such file or folder")
+    if args.encoder and not args.encoder.startswith("timm:"):
+        parser.error(f"--encoder {args.encoder}: give timm:NAME")
+    return args
 
 
-def sides(s, key):
-    """The setting `key` as [height, width]; the crop where it is not given."""
-    given = [s[key]] if isinstance(s[key], int) else list(s[key] or sides(s, "crop"))
-    require(len(given) < 3, f"--{key} {' '.join(map(str, given))}: give a side, or height and width")
-    return given * (3 - len(given))
+CHECKPOINT_KEEPS_NOT = (
+    "out", "device", "precision", "workers", "eval_only", "predict", "checkpoint", "split", "multi_scale", "window_batch", "usual",
+)  # fmt: skip
 
 
-def read_checkpoint(path):
-    """The checkpoint that --eval-only or --predict starts from. Raises Problem."""
-    require(path is not None, "--checkpoint FILE is missing: the best.pt of a run")
-    require(os.path.isfile(path), f"--checkpoint {path}: there is no such file")
-    content = train.load_file(path)
-    if not isinstance(content, dict) or not {"model", "settings", "classes", "palette"} <= content.keys():
-        raise Problem(f"--checkpoint {path}: it is not a checkpoint of this script")
-    return content
-
-
-def split_data(s):
-    """--data NAME:DIR -> (NAME, DIR); ('scenes', None) without it. Raises Problem for what is not there."""
-    if s["data"] is None:
-        return "scenes", None
-    name, _, folder = s["data"].partition(":")
-    if name not in DATASETS or not folder:
-        raise Problem(f"--data {s['data']}: give NAME:DIR with a NAME of {', '.join(DATASETS)}")
-    require(os.path.isdir(folder) or s["predict"], f"--data {s['data']}: there is no folder {folder}")
-    return name, folder
-
-
-def starting_weights(s):
-    """Initial weights, None from scratch or where the run folder's own take over, and the encoder's sizes."""
-    last = Path(s["out"], "last.pt")
-    if last.exists():
-        saved = train.load_file(last)
-        require("classes" in saved, f"{last} is of another script: give another --out")
-        return None, {name: saved["settings"][name] for name in SIZES}
-    if s["init"] == "none":
-        return None, {name: s[name] or loca.SIZES["B/16"][name] for name in SIZES}
-    require(os.path.isfile(s["init"]), f"--init {s['init']}: there is no such file; none starts from scratch")
-    return read_weights(s["init"], s["branch"])
-
-
-def check_settings(s):
-    """Raise Problem, in one line with the remedy, for settings that cannot work; settle the fraction."""
+def read_checkpoint(path, parser):
+    """The content of a checkpoint of this script. Ends with an error if it is something else."""
     try:
-        s["fraction"] = float(Fraction(s["fraction"]))
-    except (ValueError, ZeroDivisionError) as error:
-        raise Problem(f"--fraction {s['fraction']}: give a share as 1/32 or 0.25") from error
-    require(0 < s["fraction"] <= 1, f"--fraction {s['fraction']}: it is to lie above 0 and not above 1")
-    above = "base_size lr log_every window_batch scenes layer_decay steps epochs classes".split()
-    from_0 = "weight_decay clip seed evaluations workers save_minutes".split()
-    check_numbers(s, (*SIZES, *above), from_0)
-    for name in ("crop", "window"):
-        nearest = [max(1, round(side / s["patch_size"])) * s["patch_size"] for side in s[name]]
-        given, better = (" ".join(map(str, x)) for x in (s[name], nearest))
-        text = f"--{name} {given} is not a multiple of the patch, {s['patch_size']}: try --{name} {better}"
-        require(s[name] == nearest, text)
-    for side, step in zip(s["window"], s["stride"]):
-        require(0 < step <= side, f"--stride {step}: it is to be above 0 and not above the window, {side}")
-    if not (s["eval_only"] or s["predict"]):
-        check_batch(s)
-    require((s["classes"] or 0) < ILLEGAL, f"--classes {s['classes']}: {ILLEGAL - 1} at most")
-    require(0 <= s["drop_path"] < 1, f"--drop-path {s['drop_path']}: it is to lie in 0..1, below 1")
-    splits = DATASETS[s["name"]].splits if s["name"] in DATASETS else {"train": "", "val": ""}
-    require(s["split"] in splits, f"--split {s['split']}: {s['name']} has {', '.join(splits)}")
-    on_val = f"--split {s['split']}: runs are judged on val; add --eval-only"
-    require(s["split"] == "val" or s["eval_only"], on_val)
-    there = not s["predict"] or os.path.exists(s["predict"])
-    require(there, f"--predict {s['predict']}: there is no such file")
-    try:
-        with torch.device("meta"):
-            build(s, 2)
-    except ValueError as error:
-        raise Problem(f"{error}: see --patch-size, --heads, --dim") from error
-
-
-def dispatch(s, content, processes):
-    """What the settings ask for -> exit code."""
-    if not (s["predict"] or s["eval_only"]):
-        return finetune(s, content, processes)
-    model = build(s, len(content["classes"]))
-    try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:  # it lists all that does not fit
-        sizes = "--crop, --model or a size that was given"
-        raise Problem(f"--checkpoint {s['checkpoint']}: its weights do not fit; leave out {sizes}") from error
-    look = predict if s["predict"] else evaluate_only
-    return look(s, content, model.to(processes.device), processes)
-
-
-def main(arguments=None):
-    """Run the command line -> exit code."""
-    return train.launch("finetune_seg.py", read_settings, dispatch, arguments)
+        content = loca.read_torch_file(path)
+        if {"model", "settings", "classes", "palette"} <= content.keys():
+            return content
+        reason = "it is not a checkpoint of this script"
+    except (ValueError, AttributeError) as error:
+        reason = str(error)
+    parser.error(f"--checkpoint {path}: {reason}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(parse_args())

@@ -1,15 +1,17 @@
 """LOCA: Location-Aware Self-Supervised Transformers for Semantic Segmentation (arXiv 2212.02400), in PyTorch.
 
-From one image come a reference view and several query views. Every query patch says which reference patch
-shows the same content (position loss) and which cluster a slowly moving teacher puts that patch in (feature
-loss). This file is the whole method and needs torch alone; read it from top to bottom.
+From one image come a reference view and several query views. Every query patch predicts which reference patch
+shows the same content (position loss) and which cluster a slowly moving teacher assigns to that patch (feature
+loss). This file is the whole method. It needs only torch; read it from top to bottom.
 
-Shape letters: B images, F focal queries, N reference tokens, K kept or visible tokens, T query tokens of an
-image, D width, E bottleneck, P prototypes. A target is the index of a reference token in raster order; -1
-means none.
+Shape letters: B images, F focal queries per image, N reference tokens, K kept or visible tokens, T query tokens
+per image, D width, E bottleneck width, P prototypes. A target is the index of a reference token in raster order;
+-1 means that the query patch has no counterpart.
 """
 
+import argparse
 import copy
+import importlib
 import math
 import re
 from collections import OrderedDict
@@ -29,82 +31,82 @@ SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------ transformer blocks
 
 
-def take(tokens, index):
-    """Pick tokens: [B, N, ...] at index [K] or [B, K] -> [B, K, ...]."""
+def gather_tokens(tokens, index):
+    """Select tokens [B, N, ...] by index [K] or [B, K] -> [B, K, ...]."""
     index = index.expand(len(tokens), -1)  # B,K
-    return tokens.gather(
-        1, index.reshape(*index.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
-    )
+    index = index.reshape(*index.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
+    return tokens.gather(1, index)  # B,K,...
 
 
-def _init_linear(layer, scheme):
-    """Initialise one linear or convolution layer, bias zero: 'xavier' uniform or 'lecun' truncated normal."""
-    weight = layer.weight.flatten(1)
-    if scheme == "xavier":
-        nn.init.xavier_uniform_(layer.weight)
-    else:  # a normal cut at 2 standard deviations has 0.8796 of the uncut one's
-        std = weight.shape[1] ** -0.5 / 0.87962566103423978
-        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    if layer.bias is not None:
+def lecun_normal_(weight):
+    """Truncated normal with variance 1 / fan-in, as in JAX. Truncation at 2 sigma leaves 0.8796 of the deviation."""
+    std = weight[0].numel() ** -0.5 / 0.87962566103423978
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def linear(inputs, outputs, init_=nn.init.xavier_uniform_, bias=True):
+    """A linear layer with initialized weights and a bias of zero."""
+    layer = nn.Linear(inputs, outputs, bias)
+    init_(layer.weight)
+    if bias:
         nn.init.zeros_(layer.bias)
+    return layer
+
+
+def multi_head(q, k, v, heads):
+    """Scaled dot-product attention in every head: q [B, T, D], k and v [B, K, D] -> [B, T, D]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B,heads,T or K,D/heads
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # PyTorch's kernel is several times slower there
+        out = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)  # B,T,D
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over [B, N, D]; `attend` [K] or [B, K]: the tokens of keys and values."""
+    """Multi-head self-attention over tokens [B, N, D].
+
+    attend: indices [K] or [B, K] of the tokens that serve as keys and values; all of them when None.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        _init_linear(self.qkv, "xavier")
-        for part in self.qkv.weight.chunk(3):  # query, key and value are three matrices to the initialiser
+        self.qkv = linear(dim, 3 * dim)
+        self.proj = linear(dim, dim)
+        for part in self.qkv.weight.chunk(3):  # query, key and value are initialized as three matrices
             nn.init.xavier_uniform_(part)
-        _init_linear(self.proj, "xavier")
 
     def forward(self, x, attend=None):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # B,N,D each
         if attend is not None:
-            k, v = take(k, attend), take(v, attend)
+            k, v = gather_tokens(k, attend), gather_tokens(v, attend)
         return self.proj(multi_head(q, k, v, self.heads))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries [B, T, D] to a context [B, K, D]."""
+    """Multi-head attention from queries [B, T, D] to a context [B, K, D] -> [B, T, D]."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        for layer in (self.q, self.k, self.v, self.proj):
-            _init_linear(layer, "xavier")
+        self.q, self.k, self.v, self.proj = (linear(dim, dim) for _ in range(4))
 
     def forward(self, x, context):
         return self.proj(multi_head(self.q(x), self.k(context), self.v(context), self.heads))
 
 
-def multi_head(q, k, v, heads):
-    """Scaled dot-product attention per head: q [B, T, D], k and v [B, K, D] -> [B, T, D]."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B,heads,T or K,D/heads
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch's own is slow there, backwards above all
-        mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-    else:
-        mixed = F.scaled_dot_product_attention(q, k, v)
-    return mixed.transpose(1, 2).flatten(2)  # B,T,D
-
-
 class Mlp(nn.Module):
-    """Linear, GELU in its tanh form, linear, over [..., D]."""
+    """Linear, GELU (tanh approximation), linear over [..., D]."""
 
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = linear(dim, hidden)
+        self.fc2 = linear(hidden, dim)
         for layer in (self.fc1, self.fc2):
-            _init_linear(layer, "xavier")
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x):
@@ -112,39 +114,37 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth per sample and per residual branch."""
+    """Pre-norm transformer block over [B, N, D].
 
-    def __init__(self, dim, heads, mlp_dim, drop_path=0.0):
+    branch_scale: stochastic depth, [2, B, 1, 1] from ViT.draw_branch_scale; None keeps both residual branches.
+    The rate is not an attribute of the block, so torch.compile reuses one graph for all blocks.
+    """
+
+    def __init__(self, dim, heads, mlp_dim):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_dim)
-        self.drop_path = drop_path
 
-    def add(self, x, branch):
-        """x + branch, in training with the branch left out for some samples."""
-        if not self.training or self.drop_path == 0:
-            return x + branch
-        keep = 1 - self.drop_path
-        kept = (torch.rand(len(x), 1, 1, device=x.device) < keep) / keep  # B,1,1
-        return torch.addcmul(x, branch, kept)
-
-    def forward(self, x, attend=None):
-        x = self.add(x, self.attn(self.norm1(x), attend))
-        return self.add(x, self.mlp(self.norm2(x)))
+    def forward(self, x, attend=None, branch_scale=None):
+        if branch_scale is None:
+            x = x + self.attn(self.norm1(x), attend)
+            return x + self.mlp(self.norm2(x))
+        x = torch.addcmul(x, self.attn(self.norm1(x), attend), branch_scale[0])
+        return torch.addcmul(x, self.mlp(self.norm2(x)), branch_scale[1])
 
 
-# ------------------------------------------------------------------------------------------------- ViT
+# ---------------------------------------------------------------------------------------------------- ViT
 
 
 class ViT(nn.Module):
     """Vision transformer with timm's parameter names (paper section 3, released code).
 
-    image_size: pixels, one number or (height, width), for which the position embedding is made; any size that
-    `patch_size` divides can be passed to forward. drop_path: rate of the last block, rising linearly from 0.
-    class_token: add one, as DINO, MAE and most timm models have; LOCA has none.
-    Raises ValueError where a patch does not divide the image or the heads do not divide the width.
+    image_size: pixels, one number or (height, width), for which the position embedding is made; forward takes any
+    size that `patch_size` divides. drop_path: stochastic depth of the last block, rising linearly from 0 at the
+    first. class_token: add one, as DINO, MAE and most timm models have; LOCA has none. Raises ValueError if the
+    patch size does not divide the image size, or the number of heads the width.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, mlp_dim, drop_path=0.1, class_token=False):
@@ -154,47 +154,61 @@ class ViT(nn.Module):
             raise ValueError(f"the patch size {patch_size} does not divide the image size {height}x{width}")
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide the width {dim}")
-        self.patch_size, self.dim, self.heads = patch_size, dim, heads
+        self.patch_size, self.dim, self.heads, self.mlp_dim = patch_size, dim, heads, mlp_dim
         self.grid = (height // patch_size, width // patch_size)
-        self.grad_checkpoint = 0  # so many blocks are recomputed in the backward pass: slower, less memory
+        self.drop_path = drop_path
+        self.grad_checkpoint = (
+            0  # number of blocks that are recomputed in the backward pass: less memory, slower
+        )
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         tokens = self.grid[0] * self.grid[1] + int(class_token)
         self.pos_embed = nn.Parameter(torch.randn(1, tokens, dim) * dim**-0.5)
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        _init_linear(self.patch_embed.proj, "lecun")
 
     def position_embedding(self, grid):
-        """The patches' position embedding resized to `grid` = (rows, columns): [1, rows * columns, D]."""
-        return resize_position_embedding(self.pos_embed[:, -self.grid[0] * self.grid[1] :], self.grid, grid)
+        """The position embedding of the patches, resized to `grid` = (rows, columns): [1, rows * columns, D]."""
+        patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]  # without the class token's
+        return resize_position_embedding(patches, self.grid, grid)
+
+    def draw_branch_scale(self, batch, device):
+        """Stochastic depth (Huang et al. 2016) for all blocks at once: [depth, 2, B, 1, 1], where 0 drops a residual
+        branch of a sample and 1 / keep rescales a kept one. None when nothing is dropped."""
+        if not self.training or self.drop_path == 0:
+            return None
+        depth = len(self.blocks)
+        keep = torch.linspace(1, 1 - self.drop_path, depth, device=device).view(-1, 1, 1, 1, 1)
+        return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
 
     def forward(self, images, keep=None, position=True, attend=None):
-        """Encode images [B, 3, H, W] -> patch tokens [B, K, D], K = N without `keep`.
+        """Encode images [B, 3, H, W] -> patch tokens [B, N, D], or [B, K, D] with `keep`.
 
         keep: indices [K] or [B, K] of the tokens that enter the blocks. position: add the position embedding.
-        attend: indices [K'] or [B, K'] of the tokens that all others attend to (the single-image mechanism).
+        attend: indices [K'] or [B, K'] of the tokens that all tokens attend to (the single-image mechanism).
         """
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
-            raise ValueError(
-                f"the patch size {self.patch_size} does not divide the image {tuple(images.shape[-2:])}"
-            )
+            size = tuple(images.shape[-2:])
+            raise ValueError(f"the patch size {self.patch_size} does not divide the image size {size}")
         x = self.patch_embed(images)  # B,D,rows,columns
         grid = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # B,N,D
         if position:
             x = x + self.position_embedding(grid)
         if keep is not None:
-            x = take(x, keep)
+            x = gather_tokens(x, keep)  # B,K,D
         if self.cls_token is not None:
             token = self.cls_token + self.pos_embed[:, :1] if position else self.cls_token
-            x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)  # B,1+K,D
+        scale = self.draw_branch_scale(len(x), x.device)
         for i, block in enumerate(self.blocks):
-            if i < self.grad_checkpoint and self.training:
-                x = checkpoint(block, x, attend, use_reentrant=False)
+            arguments = (x, attend, None if scale is None else scale[i])
+            if i < self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, attend)
+                x = block(*arguments)
         return self.norm(x)[:, 0 if self.cls_token is None else 1 :]
 
 
@@ -202,45 +216,34 @@ def resize_position_embedding(embedding, old, new):
     """Resize [1, N, D] from grid `old` to grid `new`, both (rows, columns): bilinear, antialiased."""
     if tuple(old) == tuple(new):
         return embedding
-    grid = embedding.unflatten(1, old).permute(0, 3, 1, 2)  # 1,D,rows,columns
-    return F.interpolate(grid, size=new, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
-
-
-def sine_positions(grid, dim):
-    """A position embedding to be left as it is: sines and cosines of row and column (He et al. 2022). grid: (rows,
-    columns) -> [1, N, D]. Raises ValueError where 4 does not divide the width."""
-    if dim % 4:
-        raise ValueError(f"4 does not divide the width {dim}, as sines and cosines of rows and columns need")
-    places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # N,2
-    angles = places[..., None] / 10000 ** (torch.arange(dim // 4) / (dim // 4))  # N,2,D/4
-    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)[None]
+    grid = embedding.unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # 1,D,rows,columns
+    return F.interpolate(grid, size=new, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)  # 1,N,D
 
 
 def vit(size="B/16", image_size=224, **changes):
-    """A ViT of a size named in SIZES; `changes` replace settings. Raises ValueError for another name."""
+    """A ViT of a size named in SIZES; `changes` override its settings. Raises ValueError for an unknown size."""
     if size not in SIZES:
-        raise ValueError(f"no ViT size {size!r}; there are {', '.join(SIZES)}")
+        raise ValueError(f"unknown ViT size {size!r}; choose from {', '.join(SIZES)}")
     return ViT(image_size, **{**SIZES[size], **changes})
 
 
-# ----------------------------------------------------------------------------------------------- heads
+# -------------------------------------------------------------------------------------------------- heads
 
 
 class ProjectionHead(nn.Module):
-    """Tokens [..., D] -> unit vectors [..., E] in float32, to compare with normalised prototypes [P, E]."""
+    """Tokens [..., D] -> unit vectors float32 [..., E], to be compared with the prototypes [P, E]."""
 
     def __init__(self, dim, hidden, bottleneck, prototypes):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
-        self.fc3 = nn.Linear(hidden, bottleneck)
-        self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
-        for layer in (self.fc1, self.fc2, self.fc3, self.prototypes):
-            _init_linear(layer, "lecun")
+        self.fc1 = linear(dim, hidden, lecun_normal_)
+        self.fc2 = linear(hidden, hidden, lecun_normal_)
+        self.fc3 = linear(hidden, bottleneck, lecun_normal_)
+        self.prototypes = linear(bottleneck, prototypes, lecun_normal_, bias=False)
         with torch.no_grad():
-            self.prototypes.weight.copy_(self.normalised_prototypes())
+            self.prototypes.weight.copy_(self.normalized_prototypes())
 
-    def normalised_prototypes(self):
+    def normalized_prototypes(self):
+        """The prototypes as unit vectors [P, E]; they are normalized at every use."""
         weight = self.prototypes.weight
         return weight / (weight.norm(dim=1, keepdim=True) + 1e-10)
 
@@ -251,7 +254,10 @@ class ProjectionHead(nn.Module):
 
 
 class PositionPredictor(nn.Module):
-    """Query tokens [B, T, D], visible reference tokens [B, K, D] -> logits over positions [B, T, N]."""
+    """Query tokens [B, T, D] and visible reference tokens [B, K, D] -> logits over reference positions [B, T, N].
+
+    One cross-attention block is the only place where queries see the reference (paper section 3.1).
+    """
 
     def __init__(self, dim, heads, mlp_dim, positions):
         super().__init__()
@@ -261,8 +267,7 @@ class PositionPredictor(nn.Module):
         self.norm_mlp = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.logits = nn.Linear(dim, positions)
-        _init_linear(self.logits, "lecun")
+        self.logits = linear(dim, positions, lecun_normal_)
 
     def forward(self, x, context):
         x = x + self.attn(self.norm_query(x), self.norm_context(context))
@@ -270,57 +275,180 @@ class PositionPredictor(nn.Module):
         return self.logits(self.norm(x))
 
 
-# ------------------------------------------------------------------------------------------------ LOCA
+# --------------------------------------------------------------------------------------------- correspondence
+
+
+def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
+    """Find the reference patch that shows what each query patch shows.
+
+    Exact: the three nearest-neighbor samplings of the released pipeline, in integers. reference_box, query_box:
+    long [..., 4] = top, left, height, width in image pixels. flip: bool [...], whether the query was mirrored
+    left-right. view: side of the query in pixels. grid, reference_grid: patches along a side of the query and of the
+    reference. Returns long [..., grid * grid], the position row * reference_grid + column, or -1 where the query
+    patch lies outside the reference.
+    """
+    pixel = (
+        (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)
+    )  # a patch's center, in the view
+
+    def along(axis):  # 0: rows, 1: columns -> index in the reference grid or -1, [..., grid]
+        begin, size = query_box[..., axis, None], query_box[..., axis + 2, None]
+        reference_begin, reference_size = reference_box[..., axis, None], reference_box[..., axis + 2, None]
+        inside = begin + torch.minimum((2 * pixel + 1) * size // (2 * view), size - 1) - reference_begin
+        index = (2 * inside + 1) * reference_grid // (2 * reference_size)
+        return index.masked_fill((inside < 0) | (inside >= reference_size), -1)
+
+    rows, columns = along(0), along(1)
+    columns = torch.where(flip[..., None], columns.flip(-1), columns)
+    rows, columns = rows[..., :, None], columns[..., None, :]  # ...,grid,1 and ...,1,grid
+    targets = rows * reference_grid + columns  # ...,grid,grid
+    return targets.masked_fill((rows < 0) | (columns < 0), -1).flatten(-2)  # ...,grid*grid
+
+
+# ------------------------------------------------------------------------------------------------ masking
+
+MASKING = {  # which `count` of `total` tokens stay visible: indices [count], drawn on the device without a wait
+    "consecutive": lambda total, count, device: (
+        torch.randint(total - count + 1, (1,), device=device) + torch.arange(count, device=device)
+    ),  # a random run in raster order
+    "first": lambda total, count, device: torch.arange(count, device=device),
+    "unstructured": lambda total, count, device: torch.randperm(total, device=device)[:count],
+}
+
+
+def visible_count(total, masking_ratio):
+    """Number of tokens left visible out of `total`, at least one. Raises ValueError unless 0 <= masking_ratio < 1."""
+    if not 0 <= masking_ratio < 1:
+        raise ValueError(f"the masking ratio is {masking_ratio}; it must be at least 0 and below 1")
+    return max(1, int((1 - masking_ratio) * total + 1e-6))  # without 1e-6, (1 - 0.9) * 100 would give 9
+
+
+def choose_tokens(total, count, kind="consecutive", device=None):
+    """Indices [count] of tokens out of `total`; `kind` is a key of MASKING. Raises ValueError."""
+    if kind not in MASKING:
+        raise ValueError(f"unknown masking {kind!r}; choose from {', '.join(MASKING)}")
+    if not 0 < count <= total:
+        raise ValueError(f"cannot choose {count} tokens out of {total}")
+    return MASKING[kind](total, count, device)
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+
+def devices():
+    """Number of processes of torch.distributed; 1 if it is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_devices(x):
+    """Sum of x over all processes, in place and without gradient."""
+    if devices() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def position_loss(logits, targets):
+    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and accuracy,
+    both 0 for a batch without any target."""
+    logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT
+    count = (targets >= 0).sum() + 1e-8
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
+    return loss, (logits.detach().argmax(-1) == targets).sum() / count
+
+
+@torch.no_grad()
+def sinkhorn(scores, temperature=0.05, rounds=3):
+    """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P], rows sum to 1.
+
+    Each round divides by the sum over all samples of all devices for every prototype, then by the sum over
+    prototypes for every sample (Caron et al. 2020; here after a softmax, as released).
+    """
+    assignments = (scores / temperature).softmax(-1, dtype=torch.float32)
+    tiny = torch.finfo(assignments.dtype).tiny  # a prototype that no sample is near keeps 0 instead of 0 / 0
+    for _ in range(rounds):
+        assignments /= sum_over_devices(assignments.sum(0)).clamp_min(tiny)
+        assignments /= assignments.sum(1, keepdim=True).clamp_min(tiny)
+    return assignments
+
+
+def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
+    """Cross-entropy with the teacher's assignments plus the mean-entropy term (paper section 3.2).
+
+    features [B, T, E] and prototypes [P, E] are unit vectors, assignments [B, N, P] come from sinkhorn, targets
+    [B, T]. Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction (1..P).
+    """
+    scores = (features / temperature) @ prototypes.T  # B,T,P
+    log_p = scores.log_softmax(-1, dtype=torch.float32)
+    matched = targets >= 0  # B,T
+    assigned = gather_tokens(assignments, targets.clamp(min=0))  # B,T,P
+    cross_entropy = -((assigned * log_p).sum(-1) * matched).sum() / (matched.sum() + 1e-8)
+
+    # The mean prediction of all query patches of all devices. DDP averages gradients over devices, so each device
+    # passes the gradient of the mean to its own part.
+    mean = log_p.exp().sum((0, 1)) / targets.numel()  # P
+    mean = mean + (sum_over_devices(mean.detach().clone()) / devices() - mean).detach()
+    negative_entropy = (mean * (mean + 1e-30).log()).sum()
+    return cross_entropy + negative_entropy, cross_entropy.detach(), (-negative_entropy.detach()).exp()
+
+
+# --------------------------------------------------------------------------------------------------- LOCA
 
 
 class LOCA(nn.Module):
-    """Encoder, projection head and position predictor, and the training loss of all three (paper section 3).
+    """Encoder, projection head and position predictor with their training loss (paper section 3).
 
-    encoder: a ViT whose image_size is the reference's. prototypes: P; 0 leaves the projection head out, for
-    the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
-    masking: see choose_tokens. query_tokens: tokens of the random query that are encoded; None: 5 of 14, as
-    published. single_image: no reference; a view without position embedding attends to a random share 1 - eta
-    of its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in the paper's figures
-    2 and 3).
+    encoder: a ViT whose image size is that of the reference. prototypes: P; 0 leaves out the projection head, for
+    the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries. masking: a
+    key of MASKING. query_tokens: number of tokens of the random query that are encoded; None means 5 of 14, as
+    published. single_image: no reference; a view without position embedding attends to a random share 1 - eta of
+    its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in the paper's figures 2 and 3).
     """
 
     def __init__(
-        self, encoder, prototypes=4096, head_hidden=2048, bottleneck=256, *, masking_ratio=0.8, masking="consecutive",
-        query_tokens=None, student_temperature=0.1, teacher_temperature=0.05, position_weight=1.0, feature_weight=1.0,
+        self,
+        encoder,
+        prototypes=4096,
+        head_hidden=2048,
+        bottleneck=256,
+        *,
+        masking_ratio=0.8,
+        masking="consecutive",
+        query_tokens=None,
+        student_temperature=0.1,
+        teacher_temperature=0.05,
+        position_weight=1.0,
+        feature_weight=1.0,
         single_image=False,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.encoder = encoder
-        positions = encoder.grid[0] * encoder.grid[1]
-        mlp_dim = encoder.blocks[0].mlp.fc1.out_features
-        self.predictor = PositionPredictor(encoder.dim, encoder.heads, mlp_dim, positions)
+        self.positions = encoder.grid[0] * encoder.grid[1]
+        self.predictor = PositionPredictor(encoder.dim, encoder.heads, encoder.mlp_dim, self.positions)
         self.head = ProjectionHead(encoder.dim, head_hidden, bottleneck, prototypes) if prototypes else None
-        self.positions = positions
-        self.visible_tokens = visible_count(positions, masking_ratio)
-        self.query_tokens = positions * 5 // 14 if query_tokens is None else query_tokens
-        if not 1 <= self.query_tokens <= positions:
-            raise ValueError(f"{self.query_tokens} query tokens cannot be drawn from the view's {positions}")
+        self.visible_tokens = visible_count(self.positions, masking_ratio)
+        self.query_tokens = self.positions * 5 // 14 if query_tokens is None else query_tokens
+        if not 1 <= self.query_tokens <= self.positions:
+            raise ValueError(f"cannot draw {self.query_tokens} query tokens from a view of {self.positions}")
         self.masking = masking
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.position_weight, self.feature_weight = position_weight, feature_weight
         self.single_image = single_image
         if single_image:
-            encoder.pos_embed.requires_grad_(False)
+            encoder.pos_embed.requires_grad_(False)  # it is never used
 
     def forward(self, views, teacher=None, visible=None, keep=None):
-        """One training step's loss.
+        """The loss of one training step.
 
         views: reference [B, 3, S, S], query [B, 3, S, S], query_targets [B, N], focal [B, F, 3, s, s],
-        focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher. None
-        trains with the position loss alone: the reference goes through the student, its hidden tokens dropped
-        before the encoder, and the queries get no position embedding. visible [K] or [B, K]: reference tokens
-        that the queries see; keep: tokens of the random query that are encoded; both drawn when None. Returns
-        a dict of scalars: loss, position_loss (ln N at chance), feature_loss, position_accuracy (0..1), its
-        part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and target_entropy (0..ln P, of
-        every fifth position), which show a collapse.
+        focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher; None trains
+        with the position loss alone. visible [K] or [B, K]: reference tokens that the queries see. keep: tokens of
+        the random query that are encoded. Both are drawn when None.
+
+        Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), feature_loss and its part
+        cross_entropy (ln P at chance), position_accuracy (0..1), and two figures that reveal a collapse:
+        prototype_perplexity (1..P) and target_entropy (0..ln P, over every fifth reference position).
         """
         context, tokens = self.encode_reference(views, teacher, visible)
-        clusters = None if teacher is None else self.assign_clusters(tokens, teacher)
         if self.single_image:
             queries = tokens
             targets = torch.arange(self.positions, device=tokens.device).expand(len(tokens), -1)  # B,N
@@ -328,15 +456,16 @@ class LOCA(nn.Module):
             queries, targets = self.encode_queries(views, keep, position=teacher is not None)
         position, accuracy = position_loss(self.predictor(queries, context), targets)
         feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
-        if clusters is not None:
+        if teacher is not None:
+            assignments = self.assign_clusters(tokens, teacher)
             feature, cross_entropy, perplexity = feature_loss(
                 self.head(queries),
-                self.head.normalised_prototypes(),
-                clusters,
+                self.head.normalized_prototypes(),
+                assignments,
                 targets,
                 self.student_temperature,
             )
-            entropy = torch.special.entr(clusters[:, ::5]).sum(-1).mean()
+            entropy = torch.special.entr(assignments[:, ::5]).sum(-1).mean()
         return {
             "loss": self.position_weight * position + self.feature_weight * feature,
             "position_loss": position.detach(),
@@ -348,207 +477,55 @@ class LOCA(nn.Module):
         }
 
     def encode_reference(self, views, teacher=None, visible=None):
-        """The reference tokens that queries see [B, K, D], and all of them [B, N, D], the teacher's if there
-        is one; None where the hidden ones were never encoded. Arguments as in forward."""
+        """Reference tokens that the queries see [B, K, D], and all reference tokens [B, N, D]; the latter are None
+        when the hidden ones were never encoded. Arguments as in forward."""
         reference = views["reference"]
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
             visible = choose_tokens(self.positions, self.visible_tokens, kind, reference.device)
         if self.single_image:
             tokens = self.encoder(reference, position=False, attend=visible)  # B,N,D
-        elif teacher is None:
+        elif (
+            teacher is None
+        ):  # position loss alone: through the student, hidden tokens dropped before the encoder
             return self.encoder(reference, keep=visible), None
         else:
             with torch.no_grad():
                 tokens = teacher.encoder(reference)  # B,N,D
-        return take(tokens, visible), tokens
-
-    @torch.no_grad()
-    def assign_clusters(self, tokens, teacher):
-        """The feature loss's targets: the teacher's reference tokens [B, N, D] -> clusters [B, N, P]."""
-        codes = teacher.head(tokens) @ teacher.head.normalised_prototypes().T  # B,N,P
-        return sinkhorn(codes.flatten(0, 1).float(), self.teacher_temperature).unflatten(0, tokens.shape[:2])
+        return gather_tokens(tokens, visible), tokens
 
     def encode_queries(self, views, keep=None, position=True):
-        """All query tokens of an image side by side, the random query's, then each focal query's [B, T, D],
-        and their targets [B, T]. keep as in forward; position: add the position embedding."""
+        """Tokens of all queries of an image side by side, the random query first [B, T, D], and their targets [B, T].
+
+        keep as in forward. position: add the position embedding; the published position loss alone does without.
+        """
         focal, targets = views["focal"], views["query_targets"]
         if keep is None:
             keep = choose_tokens(self.positions, self.query_tokens, "unstructured", targets.device)
-        tokens, targets = self.encoder(views["query"], keep=keep, position=position), take(targets, keep)
+        tokens, targets = (
+            self.encoder(views["query"], keep=keep, position=position),
+            gather_tokens(targets, keep),
+        )
         if focal.shape[1] == 0:
             return tokens, targets
         focal_tokens = self.encoder(focal.flatten(0, 1), position=position)  # BF,n,D
-        tokens = torch.cat([tokens, focal_tokens.unflatten(0, focal.shape[:2]).flatten(1, 2)], dim=1)  # B,T,D
-        return tokens, torch.cat([targets, views["focal_targets"].flatten(1)], dim=1)
+        focal_tokens = focal_tokens.unflatten(0, focal.shape[:2]).flatten(1, 2)  # B,Fn,D
+        tokens = torch.cat([tokens, focal_tokens], dim=1)  # B,T,D
+        return tokens, torch.cat([targets, views["focal_targets"].flatten(1)], dim=1)  # B,T
+
+    @torch.no_grad()
+    def assign_clusters(self, tokens, teacher):
+        """Targets of the feature loss: the teacher's reference tokens [B, N, D] -> assignments [B, N, P]."""
+        scores = teacher.head(tokens) @ teacher.head.normalized_prototypes().T  # B,N,P
+        return sinkhorn(scores.flatten(0, 1), self.teacher_temperature).unflatten(0, tokens.shape[:2])
 
 
-# -------------------------------------------------------------------------------------- correspondence
-
-
-def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
-    """Which reference patch shows what a query patch shows: the published three nearest-neighbour samplings,
-    exact.
-
-    reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], the
-    query was mirrored left-right. view: the query's side in pixels; grid, reference_grid: patches along a
-    side. Returns long [..., grid * grid], the reference position row * reference_grid + column, or -1 where
-    the query patch lies outside the reference. All steps in integers, as the released pipeline rounds.
-    """
-    pixel = (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)  # grid
-
-    def along(axis):  # 0: rows, 1: columns -> index in the reference grid or -1, [..., grid]
-        begin, size = query_box[..., axis, None], query_box[..., axis + 2, None]
-        reference_begin, reference_size = reference_box[..., axis, None], reference_box[..., axis + 2, None]
-        inside = begin + torch.minimum((2 * pixel + 1) * size // (2 * view), size - 1) - reference_begin
-        index = (2 * inside + 1) * reference_grid // (2 * reference_size)
-        return index.masked_fill((inside < 0) | (inside >= reference_size), -1)
-
-    rows, columns = along(0), along(1)
-    columns = torch.where(flip[..., None], columns.flip(-1), columns)
-    rows, columns = rows[..., :, None], columns[..., None, :]
-    target = rows * reference_grid + columns  # ...,grid,grid
-    return target.masked_fill((rows < 0) | (columns < 0), -1).flatten(-2)
-
-
-# --------------------------------------------------------------------------------------------- masking
-
-
-def visible_count(total, masking_ratio):
-    """Tokens left visible of `total`, at least one. Raises ValueError for a masking ratio outside 0..1."""
-    if not 0 <= masking_ratio < 1:
-        raise ValueError(f"the masking ratio is {masking_ratio}; it is to lie in 0..1, below 1")
-    return max(1, int((1 - masking_ratio) * total + 1e-6))  # the 1e-6 undoes (1 - 0.9) * 100 = 9.99...
-
-
-def choose_tokens(total, count, kind="consecutive", device=None):
-    """Indices [count] of tokens out of `total`: one random 'consecutive' run in raster order, the 'first'
-    ones, or an 'unstructured' random subset. Drawn on `device` without the host waiting for it. Raises
-    ValueError."""
-    if not 0 < count <= total:
-        raise ValueError(f"{count} tokens cannot be chosen out of {total}")
-    if kind == "consecutive":
-        return torch.randint(total - count + 1, (1,), device=device) + torch.arange(count, device=device)
-    if kind == "first":
-        return torch.arange(count, device=device)
-    if kind == "unstructured":
-        return torch.randperm(total, device=device)[:count]
-    raise ValueError(f"no masking {kind!r}; there are consecutive, first, unstructured")
-
-
-# ---------------------------------------------------------------------------------------------- losses
-
-
-def position_loss(logits, targets):
-    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and
-    accuracy, both 0 for a batch without any target."""
-    logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT
-    count = (targets >= 0).sum() + 1e-8
-    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
-    return loss, (logits.detach().argmax(-1) == targets).sum() / count
-
-
-@torch.no_grad()
-def sinkhorn(codes, temperature=0.05, rounds=3):
-    """Spread soft cluster assignments evenly over the prototypes: codes [M, P] float32 -> targets [M, P],
-    rows sum to 1.
-
-    Each round divides by the sum over all samples of all devices per prototype, then by the sum over
-    prototypes per sample (Caron et al. 2020; here after a softmax, as released).
-    """
-    targets = (codes / temperature).softmax(-1)
-    tiny = torch.finfo(targets.dtype).tiny  # a prototype that no sample comes near stays at 0, not at 0/0
-    for _ in range(rounds):
-        targets /= sum_over_devices(targets.sum(0)).clamp_min(tiny)
-        targets /= targets.sum(1, keepdim=True).clamp_min(tiny)
-    return targets
-
-
-def feature_loss(features, prototypes, clusters, targets, temperature=0.1, rows=None):
-    """Cross-entropy with the teacher's clusters, plus the mean-entropy term -> the loss, the cross-entropy
-    alone, and the perplexity of the mean prediction.
-
-    features [B, T, E] and prototypes [P, E] unit vectors, clusters [B, N, P] from sinkhorn, targets [B, T].
-    The student's code is s = features @ prototypes.T / temperature. A row c of clusters sums to 1, so its
-    cross-entropy is logsumexp(s) - c @ s, and c @ s = features @ (c @ prototypes) / temperature: E numbers
-    are gathered per patch, not P. rows: tokens whose codes exist at a time; None: what a CPU's cache holds or
-    fills a GPU.
-    """
-    matched = targets >= 0
-    weights = matched / (matched.sum() + 1e-8)  # B,T
-    centres = (clusters @ prototypes).float()  # B,N,E
-    agreement = (features * take(centres, targets.clamp(min=0))).sum(-1) / temperature  # B,T
-    if rows is None:
-        rows = max(1, 2 ** (20 if features.device.type == "cpu" else 24) // len(prototypes))
-    loss, mean = CodeLoss.apply(features.flatten(0, 1), prototypes, weights.flatten(), temperature, rows)
-    loss, entropy = loss - (weights * agreement).sum(), torch.special.entr(mean).sum()
-    return loss, loss.detach() + entropy, entropy.exp()
-
-
-class CodeLoss(torch.autograd.Function):
-    """What the codes s of features [M, E] and prototypes [P, E] add to the feature loss: the sum of weights [M] *
-    logsumexp(s), plus sum(q log q) of q [P], the softmax of s averaged over all M and all devices. Returns both,
-    the loss and q.
-
-    Gradients are made along with the value, some rows at a time, so that no [M, P] array ever exists. A row with
-    softmax p and weight w has p * (w + (log q - p @ log q) / M) as the gradient of its code.
-    """
-
-    @staticmethod
-    def forward(ctx, features, prototypes, weights, temperature, rows):
-        device = features.device.type
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
-        matrix = prototypes.to(low)  # once, not for each part
-        parts = list(zip((features / temperature).to(low).split(rows), weights[:, None].split(rows)))
-
-        loss = mean = 0
-        for part, weight in parts:
-            codes = (part @ matrix.T).float()  # R,P
-            prediction = codes.softmax(-1)
-            logsum = codes.amax(-1, keepdim=True) - prediction.amax(-1, keepdim=True).log()  # R,1
-            loss, mean = loss + (weight * logsum).sum(), mean + prediction.sum(0)
-        mean = sum_over_devices(mean / len(features)) / devices()
-        log_mean = mean.clamp_min(1e-30).log()
-
-        if any(ctx.needs_input_grad):
-            of_features, of_prototypes = [], torch.zeros_like(prototypes)
-            for part, weight in parts:
-                prediction = (part @ matrix.T).float().softmax(-1)  # R,P
-                # The mean is the same on every device, and so is its gradient: averaging the parameters' gradients
-                # over the devices, as DDP does, makes the 1/devices of the mean.
-                gradient = prediction * (log_mean / len(features))
-                gradient.addcmul_(prediction, weight - gradient.sum(-1, keepdim=True))  # R,P
-                gradient = gradient.to(low)
-                of_features.append((gradient @ matrix).float() / temperature)
-                of_prototypes += gradient.T @ part
-            ctx.save_for_backward(torch.cat(of_features), of_prototypes)
-        ctx.mark_non_differentiable(mean)
-        return loss + (mean * log_mean).sum(), mean
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        of_features, of_prototypes = ctx.saved_tensors
-        return gradient * of_features, gradient * of_prototypes, None, None, None
-
-
-def devices():
-    """Processes of torch.distributed; 1 where it is not in use."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def sum_over_devices(x):
-    """Sum of x over all processes, in place and without gradient."""
-    if devices() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-# --------------------------------------------------------------------------------------------- teacher
+# ------------------------------------------------------------------------------------------------- teacher
 
 
 def make_teacher(model):
-    """Frozen copy of a LOCA's encoder and projection head, with their names. Stochastic depth stays active in
-    training mode, as released."""
+    """Frozen copy of the encoder and the projection head of a LOCA, under the same names. Stochastic depth stays
+    active in training mode, as released."""
     teacher = nn.ModuleDict({"encoder": copy.deepcopy(model.encoder), "head": copy.deepcopy(model.head)})
     return teacher.requires_grad_(False)
 
@@ -560,68 +537,233 @@ def update_teacher(teacher, model, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), student, 1 - momentum)
 
 
-# --------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------- weights in and out
+
+PUBLISHED_NAMES = (  # of the released flax checkpoints -> this file's, applied in order
+    (r"^ToTokenSequence_0/embedding/", "encoder.patch_embed.proj/"),
+    (r"^ToTokenSequence_0/posembed_input$", "encoder.pos_embed"),
+    (r"^encoderblock_(\d+)/LayerNorm_0", r"encoder.blocks.\1.norm1"),
+    (r"^encoderblock_(\d+)/LayerNorm_1", r"encoder.blocks.\1.norm2"),
+    (r"^encoderblock_(\d+)", r"encoder.blocks.\1"),
+    (r"^encoder_norm", "encoder.norm"),
+    (r"^cross_attention_block/LayerNorm_0", "predictor.norm_query"),
+    (r"^cross_attention_block/LayerNorm_1", "predictor.norm_context"),
+    (r"^cross_attention_block/LayerNorm_2", "predictor.norm_mlp"),
+    (r"^cross_attention_block/MultiHeadDotProductAttention_0/(q|k|v)[a-z]+", r"predictor.attn.\1"),
+    (r"^cross_attention_block", "predictor"),
+    (r"^final_norm", "predictor.norm"),
+    (r"^position_predictor", "predictor.logits"),
+    (r"^projection_head_for_clustering_prediction/Dense_0", "head.fc1"),
+    (r"^projection_head_for_clustering_prediction/Dense_1", "head.fc2"),
+    (r"^projection_head_for_clustering_prediction/Dense_2", "head.fc3"),
+    (r"^projection_head_for_clustering_prediction/prototypes", "head.prototypes"),
+    (r"/MultiHeadDotProductAttention_0/out", ".attn.proj"),
+    (r"/MultiHeadDotProductAttention_0/", ".attn."),
+    (r"/MlpBlock_0/Dense_0", ".mlp.fc1"),
+    (r"/MlpBlock_0/Dense_1", ".mlp.fc2"),
+    (r"/(kernel|scale)$", ".weight"),
+    (r"/bias$", ".bias"),
+)
+HUGGING_FACE_NAMES = (  # of transformers' ViT -> timm's
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^encoder\.layer\.(\d+)\.attention\.attention\.", r"blocks.\1.attn."),
+    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"^encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (r"^encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (r"^encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
+    (r"^encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    (r"^layernorm\.", "norm."),
+)
+PATCH_WEIGHT = re.compile(r"(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight$")
+TEACHER_NAME = re.compile(
+    r"(^|[._])(teacher|ema|momentum|target)([._]|$)"
+)  # DINO, timm, MoCo v3, I-JEPA, lightly
+
+
+class Weights(dict):
+    """State dict of an encoder ('encoder.blocks.0...') or of a whole LOCA, as found in a file.
+
+    sizes: the arguments of ViT that fit it. notes: what was found and what had to be assumed, one line each.
+    """
+
+    def __init__(self, state, sizes, notes):
+        super().__init__(state)
+        self.sizes, self.notes = sizes, notes
+
+
+def load_weights(path, branch="student"):
+    """Read weights from a file -> Weights, a state dict with the names of LOCA that also carries the ViT's sizes.
+
+    Reads this project's checkpoints, the published flax files (needs msgpack), and PyTorch or safetensors files of
+    ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'student' or 'teacher',
+    for files that hold both. Raises OSError, ImportError, and ValueError for a file that holds none of these.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    try:
+        if start[:2] in (b"PK", b"\x80\x02"):  # the two formats of torch.save
+            return _find_vit(read_torch_file(path), branch)
+        if start[8:9] == b"{":
+            return _find_vit(import_optional("safetensors.torch").load_file(path), branch)
+        return _find_published(path, branch)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # whatever a damaged file makes a reader say
+        raise ValueError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_vit(path, branch="teacher", **changes):
+    """The ViT that a file holds, with the sizes that it has, in evaluation mode. path, branch and errors as in
+    load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path."""
+    weights = load_weights(path, branch)
+    encoder = ViT(**{**weights.sizes, **changes})
+    load_encoder(encoder, weights)
+    return encoder.eval()
+
+
+@torch.no_grad()
+def load_encoder(encoder, state):
+    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> a summary of one line.
+
+    The position embedding is resized to the ViT's grid; without the sizes that Weights carries, a stored one is taken
+    to be square. A class token is dropped if the ViT has none. Raises ValueError, and changes nothing, if the ViT would
+    be filled only in part or the file's ViT has parts that this one lacks.
+    """
+    sizes = getattr(state, "sizes", {})
+    state = {
+        key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")
+    }
+    own, notes, has_token = encoder.state_dict(), [], "cls_token" in state
+    if "pos_embed" in state and state["pos_embed"].ndim == 3:
+        token, patches = state["pos_embed"].split(
+            [int(has_token), state["pos_embed"].shape[1] - has_token], dim=1
+        )
+        side, size = math.isqrt(patches.shape[1]), sizes.get("image_size")
+        old = (
+            tuple(s // sizes["patch_size"] for s in size) if isinstance(size, tuple | list) else (side, side)
+        )
+        if old != encoder.grid:
+            if old[0] * old[1] != patches.shape[1]:
+                raise ValueError(
+                    f"the position embedding has {patches.shape[1]} tokens, which is not a square grid"
+                )
+            patches = resize_position_embedding(patches.float(), old, encoder.grid)
+            notes.append("position embedding resized from {}x{} to {}x{}".format(*old, *encoder.grid))
+        state["pos_embed"] = torch.cat([token, patches], 1) if encoder.cls_token is not None else patches
+    if has_token and encoder.cls_token is None:
+        del state["cls_token"]
+    if has_token:
+        notes.append(f"class token {'dropped' if encoder.cls_token is None else 'kept'}")
+    missing = [key for key in own if key not in state]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    unused = [key for key in state if key not in own]
+    parts = [
+        key
+        for key in unused
+        if re.match(r"(blocks|patch_embed|norm|norm_pre|pos_embed|reg\w*_tokens?)\b", key)
+    ]
+    if any(key.startswith("reg") for key in parts):
+        raise ValueError(
+            "the file's ViT has register tokens, which this ViT has not: use the timm model instead"
+        )
+    if missing or shapes or parts:
+        lists = (("missing", missing), ("of another shape", shapes), ("not used", unused))
+        raise ValueError(
+            f"the weights do not fit this encoder of {len(own)} tensors: "
+            + "; ".join(f"{name}: {_some(keys)}" for name, keys in lists if keys)
+        )
+    encoder.load_state_dict({key: state[key] for key in own})
+    notes += [f"not used: {_some(unused)}"] if unused else []
+    return "; ".join([f"{len(own)} tensors loaded", *notes])
 
 
 def published_to_state_dict(flat):
-    """State dict of a LOCA from published parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}.
-    Raises ValueError that names what is missing or left over."""
-    left = {name: torch.as_tensor(value) for name, value in flat.items()}
+    """State dict of a LOCA from published parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}. Raises
+    ValueError that names what is missing or unknown."""
     state = {}
+    for name, value in flat.items():
+        value, is_kernel = torch.as_tensor(value), name.endswith("/kernel")
+        if name.startswith("ToTokenSequence_0/embedding") and is_kernel:
+            value = value.permute(3, 2, 0, 1)  # height,width,in,out -> out,in,height,width
+        elif name.endswith("posembed_input"):
+            value = value.reshape(1, -1, value.shape[-1])  # 1,N,D
+        elif is_kernel:  # in,out; in,heads,head width; for attention's output heads,head width,out
+            value = value.flatten(0, -2).T if name.endswith("/out/kernel") else value.flatten(1).T
+        elif name.endswith("/bias"):
+            value = value.flatten()
+        state[_rename(name, PUBLISHED_NAMES)] = value.contiguous()
+    state = _merge_qkv(state)
+    with torch.device("meta"):
+        encoder = ViT(**_vit_sizes(state, [], heads=1))
+        own = LOCA(encoder, prototypes=int("head.fc1.weight" in state)).state_dict()
+    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unknown:
+        lists = (("missing", missing), ("unknown", unknown))
+        reason = "; ".join(f"{name}: {_some(keys)}" for name, keys in lists if keys)
+        raise ValueError(f"these are not the parameters of a published LOCA; {reason}")
+    return state
 
-    def get(name):
-        if name not in left:
-            raise ValueError(f"these are not the parameters of a published LOCA: {name} is missing")
-        return left.pop(name)
 
-    def norm(ours, theirs):
-        state[f"{ours}.weight"], state[f"{ours}.bias"] = get(f"{theirs}/scale"), get(f"{theirs}/bias")
+def read_torch_file(path):
+    """Read what torch.save wrote: tensors, containers and argparse.Namespace (in which DINO, iBOT and MAE keep their
+    arguments), but no other class. Raises ValueError, in one line, for anything else."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if unsafe:
+            raise ValueError(
+                f"it holds an object of class {unsafe[1]}, which could run code when loaded; save the state dict alone "
+                "where the file was made: torch.save(model.state_dict(), FILE)"
+            ) from error
+        raise ValueError(f"it is damaged, or torch.save did not write it ({type(error).__name__})") from error
 
-    def linear(ours, *theirs, inputs=1):
-        # kernels are (in, out), in attention (in, heads, head width) or (heads, head width, out)
-        kernels = [get(f"{name}/kernel") for name in theirs]
-        state[f"{ours}.weight"] = torch.cat([k.flatten(inputs).flatten(0, inputs - 1).T for k in kernels])
-        if f"{theirs[0]}/bias" in left:
-            state[f"{ours}.bias"] = torch.cat([get(f"{name}/bias").flatten() for name in theirs])
 
-    def mlp(ours, theirs):
-        linear(f"{ours}.fc1", f"{theirs}/MlpBlock_0/Dense_0")
-        linear(f"{ours}.fc2", f"{theirs}/MlpBlock_0/Dense_1")
+def import_optional(name):
+    """Import a package that is needed only here. Raises ImportError with the line that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise ImportError(f"this needs the package {package}: pip install {package}") from error
 
-    embedding = "ToTokenSequence_0/embedding"
-    state["encoder.patch_embed.proj.weight"] = get(f"{embedding}/kernel").permute(3, 2, 0, 1)  # out,in,h,w
-    state["encoder.patch_embed.proj.bias"] = get(f"{embedding}/bias")
-    position = get("ToTokenSequence_0/posembed_input")
-    state["encoder.pos_embed"] = position.reshape(1, -1, position.shape[-1])  # 1,N,D
-    for i in range(len({name.split("/")[0] for name in flat if name.startswith("encoderblock_")})):
-        ours, theirs = f"encoder.blocks.{i}", f"encoderblock_{i}"
-        attention = f"{theirs}/MultiHeadDotProductAttention_0"
-        norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0")
-        linear(f"{ours}.attn.qkv", *(f"{attention}/{part}" for part in ("query", "key", "value")))
-        linear(f"{ours}.attn.proj", f"{attention}/out", inputs=2)
-        norm(f"{ours}.norm2", f"{theirs}/LayerNorm_1")
-        mlp(f"{ours}.mlp", theirs)
-    norm("encoder.norm", "encoder_norm")
 
-    block = "cross_attention_block"
-    norm("predictor.norm_query", f"{block}/LayerNorm_0")
-    norm("predictor.norm_context", f"{block}/LayerNorm_1")
-    for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value")):
-        linear(f"predictor.attn.{ours}", f"{block}/MultiHeadDotProductAttention_0/{theirs}")
-    linear("predictor.attn.proj", f"{block}/MultiHeadDotProductAttention_0/out", inputs=2)
-    norm("predictor.norm_mlp", f"{block}/LayerNorm_2")
-    mlp("predictor.mlp", block)
-    norm("predictor.norm", "final_norm")
-    linear("predictor.logits", "position_predictor")
+def _leaves(tree, separator, prefix=""):
+    """(path, tensor) of all tensors in nested dicts."""
+    for name, value in tree.items():
+        if (
+            isinstance(value, dict) and "__msgpack_chunked_array__" in value
+        ):  # how flax splits an array of over 1 GiB
+            chunks, shape = (
+                [value[key][i] for i in sorted(value[key], key=int)] for key in ("chunks", "shape")
+            )
+            yield f"{prefix}{name}", torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
+        elif isinstance(value, dict):
+            yield from _leaves(value, separator, f"{prefix}{name}{separator}")
+        elif isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
 
-    head = "projection_head_for_clustering_prediction"
-    if f"{head}/Dense_0/kernel" in left:  # absent where the position loss was used alone
-        for i in range(3):
-            linear(f"head.fc{i + 1}", f"{head}/Dense_{i}")
-        linear("head.prototypes", f"{head}/prototypes")
-    if left:
-        raise ValueError(f"these are not the parameters of a published LOCA: {_some(left)} left over")
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+def _rename(name, table):
+    for theirs, ours in table:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def _merge_qkv(state):
+    """Join separate query, key and value layers of the encoder into timm's qkv."""
+    for name in [name for name in state if re.match(r"encoder\..*\.attn\.query\.", name)]:
+        names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in state for part in names):
+            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in names])
+    return state
 
 
 def _some(names, most=6):
@@ -629,123 +771,100 @@ def _some(names, most=6):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-_DTYPES = "float32 float64 float16 bfloat16 int32 int64 uint8 int8 uint32 bool".split()
-
-
-def _read_published(data, branch):
-    """Published parameters of a flax msgpack file: bytes -> {'a/b/c': tensor}. Raises ValueError."""
+def _vit_sizes(state, notes, heads=None, image_size=None):
+    """Arguments of ViT that fit a state dict. What its tensors do not tell is assumed, and `notes` says so."""
     try:
-        import msgpack
-    except ImportError as error:
-        raise ImportError("reading published checkpoints needs msgpack: pip install msgpack") from error
-
-    def array(code, payload):
-        if code not in (1, 3):  # 1: an array, 3: a numpy scalar, as (shape, dtype name, bytes)
-            return None
-        shape, dtype, buffer = msgpack.unpackb(payload)
-        if dtype not in _DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"an array of type {dtype!r} and shape {shape!r}")
-        kind = getattr(torch, dtype)
-        if math.prod(shape) * kind.itemsize != len(buffer):
-            raise ValueError(f"an array of shape {shape} and type {dtype} in {len(buffer)} bytes")
-        return (
-            torch.frombuffer(bytearray(buffer), dtype=kind).reshape(shape) if buffer else torch.empty(shape)
+        kernel, hidden = state["encoder.patch_embed.proj.weight"], state["encoder.blocks.0.mlp.fc1.weight"]
+        tokens = state["encoder.pos_embed"].shape[1] - int("encoder.cls_token" in state)
+    except KeyError as error:
+        raise ValueError(f"its entries are not those of a plain ViT: {error} is missing") from error
+    dim, patch_size = len(kernel), kernel.shape[-1]
+    if heads is None:
+        known = {size["dim"]: size["heads"] for size in SIZES.values()}
+        heads = known.get(dim, max(1, dim // 64))
+        notes.append(f"heads assumed: {heads}; set --heads if the model has another number")
+    side = math.isqrt(tokens)
+    if image_size is None and side**2 != tokens:
+        raise ValueError(
+            f"its position embedding has {tokens} patch tokens, which is no square grid; a ViT with register or "
+            "distillation tokens, or of a rectangle, needs --encoder timm:NAME"
         )
-
-    def leaves(tree, prefix=""):
-        for name, value in tree.items():
-            if isinstance(value, dict) and "__msgpack_chunked_array__" in value:  # an array of over 1 GiB
-                chunks = [value["chunks"][key] for key in sorted(value["chunks"], key=int)]
-                shape = [value["shape"][key] for key in sorted(value["shape"], key=int)]
-                yield f"{prefix}{name}", torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
-            elif isinstance(value, dict):
-                yield from leaves(value, f"{prefix}{name}/")
-            elif isinstance(value, torch.Tensor):
-                yield f"{prefix}{name}", value
-
-    try:
-        state = msgpack.unpackb(data, ext_hook=array, strict_map_key=False)
-        tree = state["ema_params" if branch == "teacher" else "params"]
-        return dict(leaves(tree))
-    except Exception as error:  # whatever a damaged file makes msgpack, the tree or an array say
-        raise ValueError(f"it is not a published train state ({type(error).__name__}: {error})") from error
-
-
-def load_weights(path, branch="student"):
-    """State dict with LOCA's names ('encoder.blocks.0...') from a file of weights.
-
-    Reads this project's checkpoints, published flax files (with msgpack), and PyTorch ViTs named as timm,
-    DINO, iBOT or MAE name them, which give 'encoder.' entries alone. branch: 'student' or 'teacher', where a
-    file holds both. Raises ValueError for a file that holds none of these; a pickle is read with
-    weights_only=True.
-    """
-    with open(path, "rb") as file:
-        of_torch = file.read(2) in (b"PK", b"\x80\x02")  # torch.save's formats
-        file.seek(0)
-        data = None if of_torch else file.read()
-    try:
-        if of_torch:
-            return _find_vit(torch.load(path, map_location="cpu", weights_only=True), branch)
-        return published_to_state_dict(_read_published(data, branch))
-    except ImportError:
-        raise
-    except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
-        first_line = str(error).split("\n")[0]
-        raise ValueError(f"cannot read weights from {path}: {first_line}") from error
+    return {
+        "image_size": image_size or (side * patch_size, side * patch_size),
+        "patch_size": patch_size,
+        "dim": dim,
+        "depth": len([name for name in state if re.fullmatch(r"encoder\.blocks\.\d+\.norm1\.weight", name)]),
+        "heads": heads,
+        "mlp_dim": len(hidden),
+        "class_token": "encoder.cls_token" in state,
+    }
 
 
 def _find_vit(tree, branch):
-    """The ViT in a nested state dict, whatever wraps it, with 'encoder.' before its timm names."""
-    wanted = "patch_embed.proj.weight"
-    names = (branch, "model", "state_dict", "teacher", "student")
-    inner = [tree[name] for name in names if name in tree] if isinstance(tree, dict) else []
-    for state in [*inner, tree]:
-        ends = [key for key in state if str(key).endswith(wanted)] if isinstance(state, dict) else []
-        if ends:
-            prefix = ends[0][: -len(wanted)]
-            if prefix == "encoder.":  # a LOCA of ours: its head and predictor belong to it
-                return dict(state)
-            return {f"encoder.{k[len(prefix) :]}": v for k, v in state.items() if k.startswith(prefix)}
-    raise ValueError(f"no ViT in it: no entry ends in {wanted}")
-
-
-@torch.no_grad()
-def load_encoder(encoder, state):
-    """Load 'encoder.' entries of a state dict (see load_weights) into a ViT and return what was done, in one
-    line.
-
-    The position embedding is resized to the ViT's grid (a stored one of another size is taken as square), a
-    class token that the ViT does not have is dropped. Raises ValueError, and changes nothing, where the ViT
-    would be filled only in part or the file's ViT has parts that this one has not; it lists both.
-    """
-    state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
-    own, notes, (rows, columns) = encoder.state_dict(), [], encoder.grid
-    prefix, kept = int("cls_token" in state), encoder.cls_token is not None
-    if "pos_embed" in state and state["pos_embed"].ndim == 3:
-        position = state["pos_embed"][:, prefix:]
-        count, side = position.shape[1], math.isqrt(position.shape[1])
-        if count != rows * columns:
-            if side * side != count:
-                raise ValueError(f"a position embedding of {count} tokens is not one of a square image")
-            position = resize_position_embedding(position.float(), (side, side), encoder.grid)
-            notes.append(f"position embedding resized from {side}x{side} to {rows}x{columns}")
-        state["pos_embed"] = torch.cat([state["pos_embed"][:, : prefix * kept], position], dim=1)
+    """The ViT in the content of a PyTorch or safetensors file, however it is wrapped -> Weights."""
+    flat, notes = dict(_leaves(tree, ".")), []
+    prefixes = [key[: match.start()] for key in flat if (match := PATCH_WEIGHT.search(key))]
+    if not prefixes:
+        raise ValueError("there is no ViT in it: no entry is named patch_embed.proj.weight")
+    wanted = [prefix for prefix in prefixes if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
+    prefix = min(wanted or prefixes, key=len)
     if prefix:
-        notes.append(f"class token {'kept' if kept else 'dropped'}")
-        if not kept:
-            del state["cls_token"]
-    missing = [key for key in own if key not in state]
-    wrong = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    left = [key for key in state if key not in own]
-    foreign = [key for key in left if re.match(r"(blocks|patch_embed|norm|pos_embed|reg_token)\b", key)]
-    if missing or wrong or foreign:
-        lists = (("missing", missing), ("of another shape", wrong), ("left over", left))
-        said = "; ".join(f"{name}: {_some(keys)}" for name, keys in lists if keys)
-        raise ValueError(f"the weights do not fit this encoder ({len(own)} entries): {said}")
-    encoder.load_state_dict({key: state[key] for key in own})
-    notes += [f"left over: {_some(left)}"] if left else []
-    return "; ".join([f"{len(own)} tensors loaded", *notes])
+        found = "teacher" if TEACHER_NAME.search(prefix) else "student"
+        notes.append(f"branch: {found} ({prefix.rstrip('.')})")
+    state = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+    if "patch_embed.proj.weight" not in state:
+        state = {_rename(name, HUGGING_FACE_NAMES): value for name, value in state.items()}
+    state = _merge_qkv({f"encoder.{name}": value for name, value in state.items()})
+
+    settings, heads = tree.get("settings", {}), None  # this project's checkpoints carry their settings
+    image_size = settings.get("crop") or settings.get("image_size")
+    if "heads" in settings:
+        heads, image_size = (
+            settings["heads"],
+            (image_size, image_size) if isinstance(image_size, int) else image_size,
+        )
+    elif "_encoder." in prefix and len(state["encoder.patch_embed.proj.weight"]) == 384:
+        heads = 12  # MoCo v3's ViT-S
+    sizes = _vit_sizes(state, notes, heads, image_size and tuple(image_size))
+    root = prefix.removesuffix("encoder.")
+    if f"{root}predictor.norm_query.weight" in flat or f"{root}head.prototypes.weight" in flat:  # a LOCA
+        parts = (f"{root}predictor.", f"{root}head.")
+        state |= {key.removeprefix(root): value for key, value in flat.items() if key.startswith(parts)}
+    return Weights(state, sizes, notes)
+
+
+def _find_published(path, branch):
+    """The parameters in a published file (flax's msgpack) -> Weights."""
+    msgpack = import_optional("msgpack")
+
+    def array(code, payload):
+        if code not in (1, 3):  # 1: an array, 3: a numpy scalar, both as (shape, dtype name, bytes)
+            return None
+        shape, dtype, buffer = msgpack.unpackb(payload)
+        if dtype not in (
+            "float32",
+            "float64",
+            "float16",
+            "bfloat16",
+            "int32",
+            "int64",
+            "uint8",
+            "uint32",
+            "bool",
+        ):
+            raise ValueError(f"an array of type {dtype}")
+        if not buffer:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
+
+    name = "ema_params" if branch == "teacher" else "params"
+    try:
+        with open(path, "rb") as file:
+            flat = dict(
+                _leaves(msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)[name], "/")
+            )
+    except Exception as error:  # whatever a damaged file makes msgpack or an array say
+        raise ValueError(f"it is not a published train state ({type(error).__name__}: {error})") from error
+    state, notes = published_to_state_dict(flat), [f"branch: {branch} ({name})"]
+    heads = flat["encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"].shape[1]  # in,heads,head width
+    return Weights(state, _vit_sizes(state, notes, heads), notes)

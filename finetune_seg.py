@@ -1,9 +1,9 @@
 """Segmentation with a linear decoder on a ViT: train, evaluate, predict (Segmenter, Strudel et al. 2021).
 
-`python finetune_seg.py` fine-tunes on drawn scenes; `--data NAME:DIR` takes a data set in its public layout, and
-`--data folder:DIR` your own images and masks; `--init FILE` gives the weights to start from. Label 255 is ignored
-everywhere. Every random draw is a function of the seed and of the step or image that it is for, so a resumed run
-continues as if it had never stopped.
+`python finetune_seg.py` fine-tunes on drawn scenes; `--data NAME:DIR` takes a data set in its public layout,
+and `--data folder:DIR` your own images and masks; `--init FILE` gives the weights to start from. Label 255 is
+ignored everywhere. Every random draw is a function of the seed and of the step or image that it is for, so a
+resumed run continues as if it had never stopped.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -47,13 +46,14 @@ HELD_OUT = 5  # every fifth image validates where a data set has no validation p
 class DataSet:
     """One data set: where its files are, how a mask becomes class indices, and the protocol's defaults.
 
-    layouts: patterns of the images and of their masks, and optionally of a list of names and an offset that mask
-    numbers of the training part have. They are tried in turn in the folder, in `roots` below it and in its subfolders.
-    An image and a mask belong together if their stars stand for the same text, or their '#' for the same number; '|'
-    separates alternatives, '.*' at the end is any image extension. Without {split} every fifth image validates.
-    splits: what {split} stands for. values: class of each value of an integer mask; None if the value is the class.
-    colors: class of each RGB color. integers: whether masks may hold integers. stray: share of a mask's pixels that
-    may stand for no class; they are ignored. base_size 0: each image's own size.
+    layouts: patterns of the images and of their masks, and optionally of a list of names and an offset that
+    mask numbers of the training part have. They are tried in turn in the folder, in `roots` below it and in
+    its subfolders. An image and a mask belong together if their stars stand for the same text, or their '#'
+    for the same number; '|' separates alternatives, '.*' at the end is any image extension. Without {split}
+    every fifth image validates. splits: what {split} stands for. values: class of each value of an integer
+    mask; None if the value is the class. colors: class of each RGB color. integers: whether masks may hold
+    integers. stray: share of a mask's pixels that may stand for no class; they are ignored. base_size 0: each
+    image's own size.
     """
 
     classes: tuple
@@ -167,8 +167,8 @@ def by_color(palette):
     return {color: k for k, color in enumerate(palette)}
 
 
-# Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow the nearest of
-# these. Where files come from and their traps: the README's table.
+# Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow
+# the nearest of these. Where files come from and their traps: the README's table.
 VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
 CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
@@ -231,27 +231,25 @@ DATASETS = {
 
 def find_files(root, patterns):
     """Files below `root` that fit one of the patterns, by what the stars and '#' of the pattern stand for."""
-    found = {}
+    found, extension = {}, "|".join(map(re.escape, train.EXTENSIONS))
     for pattern in reversed(patterns.split("|")):  # the first alternative wins
-        regex = re.escape(pattern).replace(r"\*", "([^/]*)").replace(r"\#", "0*([0-9]+)")
-        seen = {}
+        regex = re.sub(r"\\\.\\\*$", lambda _: f"(?i:{extension})", re.escape(pattern))
+        regex, seen = regex.replace(r"\*", "([^/]*)").replace(r"\#", "0*([0-9]+)"), {}
         for path in glob.glob(pattern.replace("#", "*"), root_dir=root):  # never finds hidden files
             match = re.fullmatch(regex, path.replace(os.sep, "/"), re.DOTALL)
-            key = match.groups() if match else ()
-            if pattern.endswith(".*") and match:
-                key, known = key[:-1], f".{key[-1].lower()}" in train.EXTENSIONS
-            if not match or (pattern.endswith(".*") and not known):
-                continue
-            if key in seen:
-                fail(f"{os.path.join(root, path)} and {seen[key]}: the same name twice; remove one of them")
-            seen[key] = os.path.join(root, path)
+            if match and match.groups() in seen:
+                fail(
+                    f"{os.path.join(root, path)} and {seen[match.groups()]}: the same name twice; remove one"
+                )
+            if match:
+                seen[match.groups()] = os.path.join(root, path)
         found |= seen
     return found
 
 
 def search_layouts(name, folder, split):
-    """(pairs, whether the layout has parts) of the first layout that is there whole; None for pairs if none is. Ends
-    with an error if the only ones that are there lack files."""
+    """(pairs, whether the layout has parts) of the first layout that is there whole; None for pairs if none
+    is. Ends with an error if the only ones that are there lack files."""
     data, problem = DATASETS[name], None
     part = dict(zip(("train", "val", "test"), data.splits))[split]
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
@@ -267,16 +265,16 @@ def search_layouts(name, folder, split):
         if listing:  # names, or paths of images, one a line
             lines = Path(listing).read_text().splitlines()
             wanted = sorted({(Path(line.split()[0]).stem,) for line in lines if line.strip()})
-        for files, kind in ((image_files, "image"), (mask_files, "mask")):
-            missing = ["/".join(key) for key in wanted if key not in files]
-            if missing and problem is None:
-                some = ", ".join(map(repr, missing[:4])) + (
-                    f" and {len(missing) - 4} more" if missing[4:] else ""
-                )
-                problem = f"{len(missing)} of {len(wanted)} {split} names have no {kind}: {some}"
-        if wanted and all(key in image_files and key in mask_files for key in wanted):
+        missing = [(key, kind) for kind, files in (("image", image_files), ("mask", mask_files))
+                   for key in wanted if key not in files]  # fmt: skip
+        if wanted and not missing:
             pairs = [(image_files[key], mask_files[key]) for key in wanted]
-            return pairs, "{split}" in images + (layout[2] or "" if listing else "")
+            return pairs, "{split}" in images + (layout[2] if listing else "")
+        if missing and problem is None:
+            some = "; ".join(f"{'/'.join(key)!r} has no {kind}" for key, kind in missing[:4])
+            problem = f"{len(missing)} files of the {split} part are missing: {some}" + "; ..." * (
+                len(missing) > 4
+            )
     if problem:
         fail(f"--data {name}:{folder}: {problem}; add the files, or remove the names")
     return None, True
@@ -299,23 +297,21 @@ def find_pairs(name, folder, split):
 
 
 def read_class_list(folder):
-    """Classes of a folder from classes.txt ('name' or 'name R G B' a line, 'ignore' for what does not count) or CVAT's
-    labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors; None if there is neither."""
-    entries = []  # (name, color or None)
+    """Classes of a folder from classes.txt ('name' or 'name R G B' a line, 'ignore' for what does not count)
+    or CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors; None if there is
+    neither."""
+    entries, color = [], r"(\d+)\D+(\d+)\D+(\d+)"
     for file, pattern in (
-        ("classes.txt", r"(.*?)\s+(\d+)\s+(\d+)\s+(\d+)\s*"),
-        ("labelmap.txt", r"(.*?):(\d+),(\d+),(\d+):.*"),
+        ("classes.txt", rf"(.*?)(?:\s+{color})?\s*"),
+        ("labelmap.txt", rf"([^#]*?):{color}:.*"),
     ):
-        path = Path(folder, file)
-        if not path.exists() or entries:
-            continue
-        for line in path.read_text().splitlines():
-            match = re.fullmatch(pattern, line)
-            if line.strip() and not (file == "labelmap.txt" and (line.startswith("#") or not match)):
-                name, color = (
-                    (match[1], tuple(map(int, match.groups()[1:]))) if match else (line.strip(), None)
-                )
-                entries.append((name, color))
+        lines = (
+            Path(folder, file).read_text().splitlines() if Path(folder, file).exists() and not entries else ()
+        )
+        matches = [re.fullmatch(pattern, line) for line in lines if line.strip()]
+        entries += [
+            (m[1], m[2] and tuple(map(int, m.groups()[1:]))) for m in matches if m
+        ]  # name, color or None
     if not entries:
         return None
     names = [name for name, _ in entries if name != "ignore"]
@@ -330,9 +326,7 @@ def read_class_list(folder):
                 values[color[0]] = index
             if index != IGNORED:
                 palette[index] = color
-    return DataSet(
-        tuple(names), (), tuple(palette), values=values, colors=colors or None, palette_indices=False
-    )
+    return DataSet(tuple(names), (), tuple(palette), values=values, colors=colors, palette_indices=False)
 
 
 class Labeled:
@@ -356,8 +350,8 @@ class Labeled:
         return self.pairs[i][0]
 
     def labels(self, i):
-        """Class indices of a mask, and the number of pixels that stand for no class and are ignored. Raises ValueError
-        if there are too many of these."""
+        """Class indices of a mask, and the number of pixels that stand for no class and are ignored. Raises
+        ValueError if there are too many of these."""
         with Image.open(self.pairs[i][1]) as mask:
             if mask.format == "JPEG":
                 raise ValueError("JPEG changes the values of a mask when it compresses; save masks as PNG")
@@ -366,8 +360,7 @@ class Labeled:
             raw = np.asarray(mask.convert("RGB") if colored else mask)
         if colored and not self.data.colors:
             raise ValueError(
-                "it holds RGB colors, but masks of this data set hold class indices; for your own data, a "
-                "classes.txt with 'name R G B' lines tells what they mean"
+                "it holds RGB colors, not class indices; a folder's classes.txt can name its colors"
             )
         if colored:
             raw = (raw >= 128) * np.uint8(255) if self.data.rounded else raw
@@ -384,7 +377,8 @@ class Labeled:
         return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
 
     def fit(self, labels, height, width):
-        """Labels of the size of their image. Raises ValueError if they are not of that size and may not be cropped."""
+        """Labels of the size of their image. Raises ValueError if they are not of that size and may not be
+        cropped."""
         if self.data.crop_masks and labels.shape[0] >= height and labels.shape[1] >= width:
             labels = labels[:height, :width]
         if labels.shape != (height, width):
@@ -393,8 +387,8 @@ class Labeled:
         return labels
 
     def check(self, i):
-        """Pixels by label [256], stray pixels, whether the mask was cropped, and the short side of an image. Raises
-        ValueError, OSError."""
+        """Pixels by label [256], stray pixels, whether the mask was cropped, and the short side of an image.
+        Raises ValueError, OSError."""
         labels, stray = self.labels(i)
         try:
             with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs all of it
@@ -427,8 +421,8 @@ class DrawnScenes(Labeled):
 
 
 def check_masks(parts, rank, world_size, device):
-    """Read all masks once, shared by the processes -> pixels by label [256], stray pixels, cropped masks, mean short
-    side of the images. Ends with an error that names masks that are wrong."""
+    """Read all masks once, shared by the processes -> pixels by label [256], stray pixels, cropped masks,
+    mean short side of the images. Ends with an error that names masks that are wrong."""
     jobs = [(part, i) for part in parts for i in range(len(part))][rank::world_size]
 
     def check(job):
@@ -449,16 +443,14 @@ def check_masks(parts, rank, world_size, device):
 
 
 def open_data(args, splits, rank, world_size, device, say, classes=None):
-    """The named splits of --data with their masks checked, the class names, and the palette. classes: the names that a
-    checkpoint carries, of which the data set must have as many."""
+    """The named splits of --data with their masks checked, the class names, and the palette. classes: the
+    names that a checkpoint carries, of which the data set must have as many."""
     name, folder = args.name, args.folder
     if name == "scenes":
         seeds = {"train": range(args.scenes), "val": range(10**6, 10**6 + VAL_SCENES)}
         parts = [DrawnScenes(seeds[split]) for split in splits]
         return parts, list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
-    data = DATASETS[name]
-    listed = read_class_list(folder) if name == "folder" else None
-    data = listed or data
+    data = (read_class_list(folder) if name == "folder" else None) or DATASETS[name]
     names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
     if classes and len(names) != len(classes):
         fail(f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}")
@@ -470,43 +462,37 @@ def open_data(args, splits, rank, world_size, device, say, classes=None):
     pixels, stray, cropped, short = check_masks(parts, rank, world_size, device)
     say(f"{sum(map(len, parts))} masks checked in {time.perf_counter() - start:.1f} s")
     if stray:
-        say(
-            f"note: {stray:.0f} pixels stand for no class and are ignored ({stray / (pixels.sum() + stray):.2%})"
-        )
+        say(f"note: {stray:.0f} pixels ({stray / pixels.sum():.2%}) stand for no class and are ignored")
     if cropped:
         say(f"note: {cropped:.0f} masks cropped to their images")
     if args.base_size and short > 3 * args.base_size:
         say(
-            f"note: images are shrunk from {short:.0f} to {args.base_size} pixels on the short side; --base-size 0 keeps "
-            "their own size"
+            f"note: images shrink from {short:.0f} to {args.base_size} pixels; --base-size 0 keeps their own size"
         )
-    if name == "folder":
-        names = check_classes(
-            f"--data folder:{folder}", pixels, names, bool(data.classes or args.classes or classes)
-        )
+    if name == "folder" and classes is None:
+        known = bool(data.classes or args.classes)
+        names = check_classes(f"--data folder:{folder}", pixels, names, known)
     return parts, names, list(data.palette or voc_palette(len(names)))
 
 
 def check_classes(flag, pixels, names, known):
-    """Class names of a folder, from the values in its masks unless they are `known`. Ends with an error if the values
-    do not look like class indices."""
-    found = [int(k) for k in np.flatnonzero(pixels)]
-    classes = [k for k in found if k != IGNORED]
-    hint = (
-        "write a classes.txt into the folder, one line per class: 'name R G B' with the color or gray value in the masks "
-        "('object 255 255 255'), 'ignore R G B' for what does not count; or give --classes N for masks with values 0..N-1"
-    )
-    values = ", ".join(map(str, found[:20])) + (" ..." if len(found) > 20 else "")
+    """Class names of a folder, from the values in its masks unless they are `known`. Ends with an error if
+    the values do not look like class indices."""
+    values = [int(k) for k in np.flatnonzero(pixels)]
+    classes = [k for k in values if k != IGNORED]
+    reason, ignored = None, pixels[IGNORED] / pixels.sum()
     if len(classes) < 2:
+        reason = "fewer than two classes, as 255 means ignored"
+    elif not known and classes != list(range(len(classes))):
+        reason = "which has gaps"
+    elif not known and ignored > 0.25:
+        reason = f"and 255, which means ignored, fills {ignored:.0%} of the pixels, like a class"
+    if reason:
+        shown = ", ".join(map(str, values[:20])) + ", ..." * (len(values) > 20)
         fail(
-            f"{flag}: the masks hold only the value(s) {values}, and 255 means ignored, so fewer than two classes; {hint}"
-        )
-    if not known and classes != list(range(len(classes))):
-        fail(f"{flag}: the values in the masks have gaps: {values}; {hint}")
-    if not known and pixels[IGNORED] > 0.25 * pixels.sum():
-        share = pixels[IGNORED] / pixels.sum()
-        fail(
-            f"{flag}: 255, which means ignored, fills {share:.0%} of the masks, like a class (values {values}); {hint}"
+            f"{flag}: the masks hold the values {shown}: {reason}. Write a classes.txt into the folder with a line per "
+            "class, 'NAME R G B' with its color or gray value in the masks (object 255 255 255; ignore R G B for what does "
+            "not count), or give --classes N for masks with the values 0..N-1"
         )
     return names if known else names[: len(classes)]
 
@@ -542,8 +528,9 @@ def choose_crop(labels, crop, rng, most=0.75, redraws=10):
 
 
 def distort(image, rng):
-    """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast 0.5..1.5
-    before or after saturation 0.5..1.5 of HSV's S, and hue -36..34 degrees in steps of 2 (mmsegmentation, Segmenter)."""
+    """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast
+    0.5..1.5 before or after saturation 0.5..1.5 of HSV's S, and hue -36..34 degrees in steps of 2
+    (mmsegmentation, Segmenter)."""
 
     def chance():
         return rng.random() < 0.5
@@ -566,8 +553,8 @@ def distort(image, rng):
 def augment(image, labels, crop, base_size, rng):
     """Random scale, crop, flip, distortion and padding: uint8 [3, H, W] and [H, W] -> [3, *crop] and [*crop].
 
-    The crop is cut before it is scaled, so the cost does not depend on the size of the image. base_size 0: the
-    image's own size.
+    The crop is cut before it is scaled, so the cost does not depend on the size of the image. base_size 0:
+    the image's own size.
     """
     base = base_size or min(labels.shape)
     size = scaled_size(*labels.shape, base * rng.uniform(0.5, 2.0))
@@ -590,8 +577,8 @@ def augment(image, labels, crop, base_size, rng):
 class Crops(Dataset):
     """Training crops by (epoch, index), which seed them; an index beyond the images starts over.
 
-    Items: image uint8 [3, *crop], labels uint8 [*crop], and unreadable: '' or what was wrong with a file that another
-    one replaces.
+    Items: image uint8 [3, *crop], labels uint8 [*crop], and unreadable: '' or what was wrong with a file that
+    another one replaces.
     """
 
     def __init__(self, source, args):
@@ -624,8 +611,8 @@ class Whole(Dataset):
 class Segmenter(nn.Module):
     """A ViT and a linear layer on its patch tokens: images [B, 3, H, W] -> class logits float32 [B, C, H, W].
 
-    encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. frozen: the encoder stays
-    as it is, in evaluation mode and without gradient (linear probe).
+    encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. frozen: the
+    encoder stays as it is, in evaluation mode and without gradient (linear probe).
     """
 
     def __init__(self, encoder, classes, frozen=False):
@@ -650,8 +637,8 @@ class Segmenter(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A ViT of timm by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D], without class
-    and register tokens."""
+    """A ViT of timm by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D],
+    without class and register tokens."""
 
     def __init__(self, name, image_size, drop_path, **weights):
         super().__init__()
@@ -677,8 +664,8 @@ SIZES = ("patch_size", "dim", "depth", "heads", "mlp_dim")
 
 
 def build_model(args, classes, **weights):
-    """The Segmenter that the settings describe, on the CPU; `weights` are arguments of timm.create_model. Raises
-    ValueError for sizes that do not fit together."""
+    """The Segmenter that the settings describe, on the CPU; `weights` are arguments of timm.create_model.
+    Raises ValueError for sizes that do not fit together."""
     if args.encoder:
         encoder = TimmEncoder(args.encoder.removeprefix("timm:"), args.crop, args.drop_path, **weights)
     else:
@@ -688,16 +675,15 @@ def build_model(args, classes, **weights):
 
 
 def choose_encoder(args, say):
-    """Settle the sizes of the encoder, from flags, --model, the run folder's checkpoint, --init, or B/16, in this order
-    -> the weights of --init, or None."""
+    """Settle the sizes of the encoder, from flags, --model, the run folder's checkpoint, --init, or B/16, in
+    this order -> the weights of --init, or None."""
     last, weights = Path(args.out, "last.pt"), None
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = {**loca.SIZES["B/16"], "class_token": False}
     try:
         if args.encoder:
-            model = loca.import_optional("timm").create_model(
-                args.encoder.removeprefix("timm:"), num_classes=0
-            )
+            with torch.device("meta"):  # for its sizes alone
+                model = loca.import_optional("timm").create_model(args.encoder.removeprefix("timm:"))
             sizes = {"patch_size": model.patch_embed.patch_size[0], "dim": model.embed_dim}
         elif last.exists():  # its weights replace those of --init
             saved = loca.read_torch_file(last)["settings"]
@@ -744,8 +730,9 @@ def pair(sides):
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """Parameters by scale of the learning rate and by weight decay. The decoder and the last norm have scale 1, each
-    block `layer_decay` times that of the block above; decay applies to tensors of two and more dimensions only."""
+    """Parameters by scale of the learning rate and by weight decay. The decoder and the last norm have scale
+    1, each block `layer_decay` times that of the block above; decay applies to tensors of two and more
+    dimensions only."""
     names = [name for name, _ in model.named_parameters()]
     blocks = [re.match(r"encoder\.(?:model\.)?blocks\.(\d+)\.", name) for name in names]
     depth, groups = 1 + max((int(block[1]) for block in blocks if block), default=0), {}
@@ -796,8 +783,8 @@ def window_starts(length, window, stride):
 def sliding_window(model, image, window, stride, batch):
     """Logits of an image of any size: float [3, H, W] -> float32 [C, H', W'], the mean where windows overlap.
 
-    window, stride: (height, width). The model sees `batch` windows at a time. An image smaller than the window is
-    enlarged until it covers the window (Segmenter); H' and W' are its enlarged size, else H and W.
+    window, stride: (height, width). The model sees `batch` windows at a time. An image smaller than the
+    window is enlarged until it covers the window (Segmenter); H' and W' are its enlarged size, else H and W.
     """
     scale = max(w / side for w, side in zip(window, image.shape[-2:]))
     if scale > 1:
@@ -818,8 +805,8 @@ def sliding_window(model, image, window, stride, batch):
 
 
 def class_probabilities(model, image, args, size=None):
-    """Image uint8 [3, H, W] -> probabilities [C, *size], by default at its own size: logits resized to it, softmax,
-    with --multi-scale the mean over scales and flips."""
+    """Image uint8 [3, H, W] -> probabilities [C, *size], by default at its own size: logits resized to it,
+    softmax, with --multi-scale the mean over scales and flips."""
     size, pixels, total = size or image.shape[-2:], train.normalize(image), 0.0
     scales, flips = (SCALES, (False, True)) if args.multi_scale else ((1.0,), (False,))
     for scale in scales:
@@ -836,8 +823,8 @@ def class_probabilities(model, image, args, size=None):
 
 
 def segment(model, image, args, classes):
-    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not fit into
-    memory is predicted at a smaller size."""
+    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not
+    fit into memory is predicted at a smaller size."""
     size = image.shape[-2:]
     fraction = LARGEST / (classes * math.prod(size))
     small = size if fraction >= 1 else scaled_size(*size, math.sqrt(fraction) * min(size))
@@ -853,8 +840,8 @@ def confusion(truth, predicted, classes):
 
 
 def scores(matrix):
-    """Figures in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy, and both by class: NaN
-    if a class is in neither truth nor prediction. Such classes are left out of the means."""
+    """Figures in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy, and both by
+    class: NaN if a class is in neither truth nor prediction. Such classes are left out of the means."""
     matrix = np.asarray(matrix, np.float64)
     right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore"):
@@ -867,8 +854,8 @@ def scores(matrix):
 
 
 def average_precision(confidence, present):
-    """Mean of the precisions at each positive: confidence float [n], present bool [n] -> 0..1. Equal confidences count
-    together."""
+    """Mean of the precisions at each positive: confidence float [n], present bool [n] -> 0..1. Equal
+    confidences count together."""
     order = np.argsort(-confidence, kind="stable")
     confidence, present = confidence[order], present[order]
     last = np.searchsorted(-confidence, -confidence, side="right")  # rank of the last of equals, from 1
@@ -879,9 +866,9 @@ def average_precision(confidence, present):
 def evaluate(model, source, args, classes, rank, world_size, device):
     """Figures over a set of images, each counted once by one process; the same for any number of processes.
 
-    Returns the dict of `scores` with localization_miou, where predictions are restricted to the classes in an image's
-    truth, and classification_map, the mean average precision of telling which classes are in an image by the largest
-    probability of any pixel. Ends with an error if an image cannot be read.
+    Returns the dict of `scores` with localization_miou, where predictions are restricted to the classes in an
+    image's truth, and classification_map, the mean average precision of telling which classes are in an image
+    by the largest probability of any pixel. Ends with an error if an image cannot be read.
     """
     model.eval()
     matrices = torch.zeros(2, classes, classes, dtype=torch.long, device=device)
@@ -958,7 +945,7 @@ def write_results(path, result, classes, **more):
         "classes": by_class,
     }
     content["confusion"] = result["confusion"].tolist()
-    train.write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    train.write_json(path, content)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -1058,7 +1045,8 @@ def evaluate_only(args, content):
 
 @torch.no_grad()
 def predict(args, content):
-    """Segment any images: NAME_mask.png in colors, NAME_overlay.png with a legend, NAME_labels.png with class indices."""
+    """Segment any images: NAME_mask.png in colors, NAME_overlay.png with a legend, NAME_labels.png with class
+    indices."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     settle_windows(args)
@@ -1117,9 +1105,8 @@ def main(args):
     # ---- model and optimizer ----
     train.seed_all(args.seed)
     try:
-        model = build_model(
-            args, len(classes), pretrained=args.init != "none" and not (out / "last.pt").exists()
-        )
+        source = {"timm": {"pretrained": True}, "none": {}}.get(args.init, {"checkpoint_path": args.init})
+        model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else source))
         if weights is not None:
             say(f"--init {args.init}: {loca.load_encoder(model.encoder, weights)}")
     except (ValueError, ImportError, RuntimeError, OSError) as error:
@@ -1133,15 +1120,12 @@ def main(args):
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     net = model
     if world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # ---- log ----
     meter, log = train.Meter(device, world_size), train.Log(out, start_step) if rank == 0 else None
     if rank == 0:
-        train.write_file(
-            out / "settings.json", lambda file: file.write(json.dumps(vars(args), indent=1).encode())
-        )
+        train.write_json(out / "settings.json", vars(args))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch}; {len(images)} of {whole} images, "
@@ -1152,16 +1136,8 @@ def main(args):
 
     # ---- loop ----
     rounds = math.ceil(args.batch / len(images))  # few images are used several times in a batch
-    keys = train.step_keys(
-        rounds * len(images),
-        args.batch,
-        args.seed,
-        start_step,
-        total_steps,
-        rank,
-        world_size,
-        args.accumulate,
-    )
+    steps, place = (args.batch, args.seed, start_step, total_steps), (rank, world_size)
+    keys = train.step_keys(rounds * len(images), *steps, *place, args.accumulate)
     batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
     with contextlib.closing(batches), train.catch_signals() as stop:
         for step in range(start_step, total_steps):
@@ -1169,7 +1145,6 @@ def main(args):
                 group["lr"] = learning_rate(step, total_steps, args.lr) * group["scale"]
 
             # ---- forward and backward ----
-            total = 0.0
             for micro in range(args.accumulate):
                 batch = train.to_device(meter.next_batch(batches, len(images) // world_size), device)
                 train.seed_all(args.seed, step, rank, micro)  # stochastic depth
@@ -1177,15 +1152,14 @@ def main(args):
                 with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                     with train.autocast(args.precision, device):
                         logits = net(train.normalize(batch["image"]))
-                    loss = segmentation_loss(logits, batch["labels"]) / args.accumulate
-                    loss.backward()
-                total = total + loss.detach()
+                    loss = segmentation_loss(logits, batch["labels"])
+                    (loss / args.accumulate).backward()
+                meter.add({"loss": loss})
 
             # ---- optimizer ----
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            meter.add({"loss": total, "gradient_norm": gradient_norm})
 
             # ---- log, evaluate, save: the only place where the host waits for the device ----
             done = step + 1
@@ -1193,7 +1167,7 @@ def main(args):
             alone = world_size == 1 and stop.signal is not None  # several processes agree at a log line
             if not (evaluate_now or alone or done % args.log_every == 0):
                 continue
-            record = meter.read(args.batch)
+            record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             train.check_finite(record, done, rank)
             stopping = train.sum_over_processes([float(stop.signal is not None)], device)[0] > 0
             rate = max(group["lr"] for group in optimizer.param_groups)
@@ -1211,9 +1185,8 @@ def main(args):
                 better = best is None or result["miou"] > best
                 best = max(result["miou"], best or 0.0)
                 if rank == 0:
-                    write_results(
-                        out / "results.json", result, classes, protocol=protocol, step=done, best=best
-                    )
+                    figures = {"protocol": protocol, "step": done, "best": best}
+                    write_results(out / "results.json", result, classes, **figures)
                     if better:
                         train.save_checkpoint(
                             out / "best.pt", args, done, {"model": model}, best=best, **more
@@ -1233,9 +1206,7 @@ def main(args):
 
     # ---- end ----
     train.end_processes()
-    say(
-        f"best mIoU {best:.2%}\n{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl, settings.json"
-    )
+    say(f"best mIoU {best:.2%}\n{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl")
     say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
 
 
@@ -1252,6 +1223,7 @@ SMALL_PRESET = {  # goes with train.py --small
     "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
+number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 
 
 def data_flag(text):
@@ -1327,12 +1299,9 @@ def make_parser():
     return parser
 
 
-number_of_classes = train.number(int, 1, ILLEGAL - 1)
-
-
 def parse_args(arguments=None):
-    """The command line -> settings. What is not given comes from the preset of the data set or of --small, or from the
-    checkpoint that --eval-only and --predict start from."""
+    """The command line -> settings. What is not given comes from the preset of the data set or of --small, or
+    from the checkpoint that --eval-only and --predict start from."""
     parser = make_parser()
     given = parser.parse_args(arguments)
     name, _, folder = (given.data or "scenes:").partition(":")
@@ -1351,7 +1320,9 @@ def parse_args(arguments=None):
     preset["weight_decay"] = ADAMW["weight_decay"] if optimizer == "adamw" else 0.0
     if given.epochs:
         preset["steps"] = None
-    if (given.init or preset["init"]) != "none":  # the sizes of a preset are for training from scratch
+    if (
+        given.init or preset["init"]
+    ) != "none" or given.encoder:  # a preset's sizes are for training from scratch
         preset = {key: value for key, value in preset.items() if key not in SIZES}
     content, usual = None, {"window": preset.pop("crop"), "stride": preset.pop("stride")}
     if given.eval_only or given.predict:
@@ -1365,11 +1336,8 @@ def parse_args(arguments=None):
             preset["base_size"] = saved["base_size"]
         name, folder = (name, folder) if given.data else (saved["name"], saved["folder"])
         saved = {key: value for key, value in saved.items() if key not in ("base_size", "window", "stride")}
-        preset |= {
-            **saved,
-            "out": "predictions" if given.predict else str(Path(path).parent),
-            "checkpoint": str(path),
-        }
+        out = "predictions" if given.predict else str(Path(path).parent)
+        preset |= {**saved, "out": out, "checkpoint": str(path)}
     parser.set_defaults(**preset)
     args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None, usual=usual))
     if content is None:

@@ -1,12 +1,12 @@
 """LOCA: Location-Aware Self-Supervised Transformers for Semantic Segmentation (arXiv 2212.02400), in PyTorch.
 
 From one image come a reference view and several query views. Every query patch predicts which reference patch
-shows the same content (position loss) and which cluster a slowly moving teacher assigns to that patch (feature
-loss). This file is the whole method. It needs only torch; read it from top to bottom.
+shows the same content (position loss) and which cluster a slowly moving teacher assigns to that patch
+(feature loss). This file is the whole method. It needs only torch; read it from top to bottom.
 
-Shape letters: B images, F focal queries per image, N reference tokens, K kept or visible tokens, T query tokens
-per image, D width, E bottleneck width, P prototypes. A target is the index of a reference token in raster order;
--1 means that the query patch has no counterpart.
+Shape letters: B images, F focal queries per image, N reference tokens, K kept or visible tokens, T query
+tokens per image, D width, E bottleneck width, P prototypes. A target is the index of a reference token in
+raster order; -1 means that the query patch has no counterpart.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def gather_tokens(tokens, index):
 
 
 def lecun_normal_(weight):
-    """Truncated normal with variance 1 / fan-in, as in JAX. Truncation at 2 sigma leaves 0.8796 of the deviation."""
+    """Truncated normal with variance 1 / fan-in, as in JAX. Truncation at 2 sigma leaves 0.8796 of the
+    deviation."""
     std = weight[0].numel() ** -0.5 / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -116,8 +117,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block over [B, N, D].
 
-    branch_scale: stochastic depth, [2, B, 1, 1] from ViT.draw_branch_scale; None keeps both residual branches.
-    The rate is not an attribute of the block, so torch.compile reuses one graph for all blocks.
+    branch_scale: stochastic depth, [2, B, 1, 1] from ViT.draw_branch_scale; None keeps both residual
+    branches. The rate is not an attribute of the block, so torch.compile reuses one graph for all blocks.
     """
 
     def __init__(self, dim, heads, mlp_dim):
@@ -141,10 +142,10 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with timm's parameter names (paper section 3, released code).
 
-    image_size: pixels, one number or (height, width), for which the position embedding is made; forward takes any
-    size that `patch_size` divides. drop_path: stochastic depth of the last block, rising linearly from 0 at the
-    first. class_token: add one, as DINO, MAE and most timm models have; LOCA has none. Raises ValueError if the
-    patch size does not divide the image size, or the number of heads the width.
+    image_size: pixels, one number or (height, width), for which the position embedding is made; forward takes
+    any size that `patch_size` divides. drop_path: stochastic depth of the last block, rising linearly from 0
+    at the first. class_token: add one, as DINO, MAE and most timm models have; LOCA has none. Raises
+    ValueError if the patch size does not divide the image size, or the number of heads the width.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, mlp_dim, drop_path=0.1, class_token=False):
@@ -175,8 +176,8 @@ class ViT(nn.Module):
         return resize_position_embedding(patches, self.grid, grid)
 
     def draw_branch_scale(self, batch, device):
-        """Stochastic depth (Huang et al. 2016) for all blocks at once: [depth, 2, B, 1, 1], where 0 drops a residual
-        branch of a sample and 1 / keep rescales a kept one. None when nothing is dropped."""
+        """Stochastic depth (Huang et al. 2016) for all blocks at once: [depth, 2, B, 1, 1], where 0 drops a
+        residual branch of a sample and 1 / keep rescales a kept one. None when nothing is dropped."""
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)
@@ -254,7 +255,8 @@ class ProjectionHead(nn.Module):
 
 
 class PositionPredictor(nn.Module):
-    """Query tokens [B, T, D] and visible reference tokens [B, K, D] -> logits over reference positions [B, T, N].
+    """Query tokens [B, T, D] and visible reference tokens [B, K, D] -> logits over reference positions [B, T,
+    N].
 
     One cross-attention block is the only place where queries see the reference (paper section 3.1).
     """
@@ -281,11 +283,11 @@ class PositionPredictor(nn.Module):
 def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
     """Find the reference patch that shows what each query patch shows.
 
-    Exact: the three nearest-neighbor samplings of the released pipeline, in integers. reference_box, query_box:
-    long [..., 4] = top, left, height, width in image pixels. flip: bool [...], whether the query was mirrored
-    left-right. view: side of the query in pixels. grid, reference_grid: patches along a side of the query and of the
-    reference. Returns long [..., grid * grid], the position row * reference_grid + column, or -1 where the query
-    patch lies outside the reference.
+    Exact: the three nearest-neighbor samplings of the released pipeline, in integers. reference_box,
+    query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], whether the query
+    was mirrored left-right. view: side of the query in pixels. grid, reference_grid: patches along a side of
+    the query and of the reference. Returns long [..., grid * grid], the position row * reference_grid +
+    column, or -1 where the query patch lies outside the reference.
     """
     pixel = (
         (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)
@@ -317,7 +319,8 @@ MASKING = {  # which `count` of `total` tokens stay visible: indices [count], dr
 
 
 def visible_count(total, masking_ratio):
-    """Number of tokens left visible out of `total`, at least one. Raises ValueError unless 0 <= masking_ratio < 1."""
+    """Number of tokens left visible out of `total`, at least one. Raises ValueError unless 0 <= masking_ratio
+    < 1."""
     if not 0 <= masking_ratio < 1:
         raise ValueError(f"the masking ratio is {masking_ratio}; it must be at least 0 and below 1")
     return max(1, int((1 - masking_ratio) * total + 1e-6))  # without 1e-6, (1 - 0.9) * 100 would give 9
@@ -348,8 +351,8 @@ def sum_over_devices(x):
 
 
 def position_loss(logits, targets):
-    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and accuracy,
-    both 0 for a batch without any target."""
+    """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and
+    accuracy, both 0 for a batch without any target."""
     logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT
     count = (targets >= 0).sum() + 1e-8
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
@@ -358,7 +361,8 @@ def position_loss(logits, targets):
 
 @torch.no_grad()
 def sinkhorn(scores, temperature=0.05, rounds=3):
-    """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P], rows sum to 1.
+    """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P], rows sum to
+    1.
 
     Each round divides by the sum over all samples of all devices for every prototype, then by the sum over
     prototypes for every sample (Caron et al. 2020; here after a softmax, as released).
@@ -374,8 +378,9 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
 def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     """Cross-entropy with the teacher's assignments plus the mean-entropy term (paper section 3.2).
 
-    features [B, T, E] and prototypes [P, E] are unit vectors, assignments [B, N, P] come from sinkhorn, targets
-    [B, T]. Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction (1..P).
+    features [B, T, E] and prototypes [P, E] are unit vectors, assignments [B, N, P] come from sinkhorn,
+    targets [B, T]. Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction
+    (1..P).
     """
     scores = (features / temperature) @ prototypes.T  # B,T,P
     log_p = scores.log_softmax(-1, dtype=torch.float32)
@@ -383,8 +388,8 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     assigned = gather_tokens(assignments, targets.clamp(min=0))  # B,T,P
     cross_entropy = -((assigned * log_p).sum(-1) * matched).sum() / (matched.sum() + 1e-8)
 
-    # The mean prediction of all query patches of all devices. DDP averages gradients over devices, so each device
-    # passes the gradient of the mean to its own part.
+    # The mean prediction of all query patches of all devices. DDP averages gradients over devices, so each
+    # device passes the gradient of the mean to its own part.
     mean = log_p.exp().sum((0, 1)) / targets.numel()  # P
     mean = mean + (sum_over_devices(mean.detach().clone()) / devices() - mean).detach()
     negative_entropy = (mean * (mean + 1e-30).log()).sum()
@@ -397,11 +402,12 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
 class LOCA(nn.Module):
     """Encoder, projection head and position predictor with their training loss (paper section 3).
 
-    encoder: a ViT whose image size is that of the reference. prototypes: P; 0 leaves out the projection head, for
-    the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries. masking: a
-    key of MASKING. query_tokens: number of tokens of the random query that are encoded; None means 5 of 14, as
-    published. single_image: no reference; a view without position embedding attends to a random share 1 - eta of
-    its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in the paper's figures 2 and 3).
+    encoder: a ViT whose image size is that of the reference. prototypes: P; 0 leaves out the projection head,
+    for the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
+    masking: a key of MASKING. query_tokens: number of tokens of the random query that are encoded; None means
+    5 of 14, as published. single_image: no reference; a view without position embedding attends to a random
+    share 1 - eta of its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in the
+    paper's figures 2 and 3).
     """
 
     def __init__(
@@ -440,12 +446,12 @@ class LOCA(nn.Module):
         """The loss of one training step.
 
         views: reference [B, 3, S, S], query [B, 3, S, S], query_targets [B, N], focal [B, F, 3, s, s],
-        focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher; None trains
-        with the position loss alone. visible [K] or [B, K]: reference tokens that the queries see. keep: tokens of
-        the random query that are encoded. Both are drawn when None.
+        focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher; None
+        trains with the position loss alone. visible [K] or [B, K]: reference tokens that the queries see.
+        keep: tokens of the random query that are encoded. Both are drawn when None.
 
-        Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), feature_loss and its part
-        cross_entropy (ln P at chance), position_accuracy (0..1), and two figures that reveal a collapse:
+        Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), feature_loss and its
+        part cross_entropy (ln P at chance), position_accuracy (0..1), and two figures that reveal a collapse:
         prototype_perplexity (1..P) and target_entropy (0..ln P, over every fifth reference position).
         """
         context, tokens = self.encode_reference(views, teacher, visible)
@@ -477,8 +483,8 @@ class LOCA(nn.Module):
         }
 
     def encode_reference(self, views, teacher=None, visible=None):
-        """Reference tokens that the queries see [B, K, D], and all reference tokens [B, N, D]; the latter are None
-        when the hidden ones were never encoded. Arguments as in forward."""
+        """Reference tokens that the queries see [B, K, D], and all reference tokens [B, N, D]; the latter are
+        None when the hidden ones were never encoded. Arguments as in forward."""
         reference = views["reference"]
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
@@ -495,9 +501,11 @@ class LOCA(nn.Module):
         return gather_tokens(tokens, visible), tokens
 
     def encode_queries(self, views, keep=None, position=True):
-        """Tokens of all queries of an image side by side, the random query first [B, T, D], and their targets [B, T].
+        """Tokens of all queries of an image side by side, the random query first [B, T, D], and their targets
+        [B, T].
 
-        keep as in forward. position: add the position embedding; the published position loss alone does without.
+        keep as in forward. position: add the position embedding; the published position loss alone does
+        without.
         """
         focal, targets = views["focal"], views["query_targets"]
         if keep is None:
@@ -524,8 +532,8 @@ class LOCA(nn.Module):
 
 
 def make_teacher(model):
-    """Frozen copy of the encoder and the projection head of a LOCA, under the same names. Stochastic depth stays
-    active in training mode, as released."""
+    """Frozen copy of the encoder and the projection head of a LOCA, under the same names. Stochastic depth
+    stays active in training mode, as released."""
     teacher = nn.ModuleDict({"encoder": copy.deepcopy(model.encoder), "head": copy.deepcopy(model.head)})
     return teacher.requires_grad_(False)
 
@@ -577,9 +585,8 @@ HUGGING_FACE_NAMES = (  # of transformers' ViT -> timm's
     (r"^layernorm\.", "norm."),
 )
 PATCH_WEIGHT = re.compile(r"(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight$")
-TEACHER_NAME = re.compile(
-    r"(^|[._])(teacher|ema|momentum|target)([._]|$)"
-)  # DINO, timm, MoCo v3, I-JEPA, lightly
+# What DINO, timm, MoCo v3, I-JEPA and lightly call the branch that is not trained by gradients.
+TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 
 
 class Weights(dict):
@@ -594,11 +601,13 @@ class Weights(dict):
 
 
 def load_weights(path, branch="student"):
-    """Read weights from a file -> Weights, a state dict with the names of LOCA that also carries the ViT's sizes.
+    """Read weights from a file -> Weights, a state dict with the names of LOCA that also carries the ViT's
+    sizes.
 
-    Reads this project's checkpoints, the published flax files (needs msgpack), and PyTorch or safetensors files of
-    ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'student' or 'teacher',
-    for files that hold both. Raises OSError, ImportError, and ValueError for a file that holds none of these.
+    Reads this project's checkpoints, the published flax files (needs msgpack), and PyTorch or safetensors
+    files of ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'student'
+    or 'teacher', for files that hold both. Raises OSError, ImportError, and ValueError for a file that holds
+    none of these.
     """
     with open(path, "rb") as file:
         start = file.read(9)
@@ -615,8 +624,8 @@ def load_weights(path, branch="student"):
 
 
 def load_vit(path, branch="teacher", **changes):
-    """The ViT that a file holds, with the sizes that it has, in evaluation mode. path, branch and errors as in
-    load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path."""
+    """The ViT that a file holds, with the sizes that it has, in evaluation mode. path, branch and errors as
+    in load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path."""
     weights = load_weights(path, branch)
     encoder = ViT(**{**weights.sizes, **changes})
     load_encoder(encoder, weights)
@@ -625,67 +634,43 @@ def load_vit(path, branch="teacher", **changes):
 
 @torch.no_grad()
 def load_encoder(encoder, state):
-    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> a summary of one line.
+    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> a one-line
+    summary.
 
-    The position embedding is resized to the ViT's grid; without the sizes that Weights carries, a stored one is taken
-    to be square. A class token is dropped if the ViT has none. Raises ValueError, and changes nothing, if the ViT would
-    be filled only in part or the file's ViT has parts that this one lacks.
+    The position embedding is resized to the ViT's grid. A class token is dropped if the ViT has none. Raises
+    ValueError, and changes nothing, if the ViT would be filled only in part or lacks parts of the file's ViT.
     """
-    sizes = getattr(state, "sizes", {})
-    state = {
-        key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")
-    }
-    own, notes, has_token = encoder.state_dict(), [], "cls_token" in state
-    if "pos_embed" in state and state["pos_embed"].ndim == 3:
-        token, patches = state["pos_embed"].split(
-            [int(has_token), state["pos_embed"].shape[1] - has_token], dim=1
-        )
-        side, size = math.isqrt(patches.shape[1]), sizes.get("image_size")
-        old = (
-            tuple(s // sizes["patch_size"] for s in size) if isinstance(size, tuple | list) else (side, side)
-        )
-        if old != encoder.grid:
-            if old[0] * old[1] != patches.shape[1]:
-                raise ValueError(
-                    f"the position embedding has {patches.shape[1]} tokens, which is not a square grid"
-                )
-            patches = resize_position_embedding(patches.float(), old, encoder.grid)
-            notes.append("position embedding resized from {}x{} to {}x{}".format(*old, *encoder.grid))
-        state["pos_embed"] = torch.cat([token, patches], 1) if encoder.cls_token is not None else patches
-    if has_token and encoder.cls_token is None:
-        del state["cls_token"]
+    sizes = getattr(state, "sizes", None) or _vit_sizes(state, [])
+    state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
+    own, notes = encoder.state_dict(), []
+    has_token, keeps_token = "cls_token" in state, encoder.cls_token is not None
+    patches, grid = (
+        state["pos_embed"][:, has_token:],
+        tuple(n // sizes["patch_size"] for n in sizes["image_size"]),
+    )
+    if grid != encoder.grid:
+        patches = resize_position_embedding(patches.float(), grid, encoder.grid)
+        notes.append("position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
     if has_token:
-        notes.append(f"class token {'dropped' if encoder.cls_token is None else 'kept'}")
-    missing = [key for key in own if key not in state]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    unused = [key for key in state if key not in own]
-    parts = [
-        key
-        for key in unused
-        if re.match(r"(blocks|patch_embed|norm|norm_pre|pos_embed|reg\w*_tokens?)\b", key)
-    ]
-    if any(key.startswith("reg") for key in parts):
-        raise ValueError(
-            "the file's ViT has register tokens, which this ViT has not: use the timm model instead"
-        )
-    if missing or shapes or parts:
-        lists = (("missing", missing), ("of another shape", shapes), ("not used", unused))
-        raise ValueError(
-            f"the weights do not fit this encoder of {len(own)} tensors: "
-            + "; ".join(f"{name}: {_some(keys)}" for name, keys in lists if keys)
-        )
+        notes.append(f"class token {'kept' if keeps_token else 'dropped'}")
+        patches = torch.cat([state["pos_embed"][:, :1], patches], 1) if keeps_token else patches
+        state = {key: value for key, value in state.items() if keeps_token or key != "cls_token"}
+    state["pos_embed"] = patches
+    vit_parts = r"(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
+    unused = [
+        key for key in state if key not in own and not re.match(vit_parts, key)
+    ]  # heads, decoders, buffers
+    problem = _differences(own, {key: value for key, value in state.items() if key not in unused})
+    if problem:
+        raise ValueError(f"the weights do not fit this encoder of {len(own)} tensors; {problem}")
     encoder.load_state_dict({key: state[key] for key in own})
     notes += [f"not used: {_some(unused)}"] if unused else []
     return "; ".join([f"{len(own)} tensors loaded", *notes])
 
 
 def published_to_state_dict(flat):
-    """State dict of a LOCA from published parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}. Raises
-    ValueError that names what is missing or unknown."""
+    """State dict of a LOCA from published parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}.
+    Raises ValueError that names what is missing or unknown."""
     state = {}
     for name, value in flat.items():
         value, is_kernel = torch.as_tensor(value), name.endswith("/kernel")
@@ -702,17 +687,15 @@ def published_to_state_dict(flat):
     with torch.device("meta"):
         encoder = ViT(**_vit_sizes(state, [], heads=1))
         own = LOCA(encoder, prototypes=int("head.fc1.weight" in state)).state_dict()
-    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
-    if missing or unknown:
-        lists = (("missing", missing), ("unknown", unknown))
-        reason = "; ".join(f"{name}: {_some(keys)}" for name, keys in lists if keys)
-        raise ValueError(f"these are not the parameters of a published LOCA; {reason}")
+    problem = _differences(own, state, shapes=False)
+    if problem:
+        raise ValueError(f"these are not the parameters of a published LOCA; {problem}")
     return state
 
 
 def read_torch_file(path):
-    """Read what torch.save wrote: tensors, containers and argparse.Namespace (in which DINO, iBOT and MAE keep their
-    arguments), but no other class. Raises ValueError, in one line, for anything else."""
+    """Read what torch.save wrote: tensors, containers and argparse.Namespace (in which DINO, iBOT and MAE
+    keep their arguments), but no other class. Raises ValueError, in one line, for anything else."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -740,12 +723,12 @@ def _leaves(tree, separator, prefix=""):
     for name, value in tree.items():
         if (
             isinstance(value, dict) and "__msgpack_chunked_array__" in value
-        ):  # how flax splits an array of over 1 GiB
+        ):  # flax splits arrays of over 1 GiB
             chunks, shape = (
-                [value[key][i] for i in sorted(value[key], key=int)] for key in ("chunks", "shape")
+                [part[i] for i in sorted(part, key=int)] for part in (value["chunks"], value["shape"])
             )
-            yield f"{prefix}{name}", torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
-        elif isinstance(value, dict):
+            value = torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
+        if isinstance(value, dict):
             yield from _leaves(value, separator, f"{prefix}{name}{separator}")
         elif isinstance(value, torch.Tensor):
             yield f"{prefix}{name}", value
@@ -771,6 +754,19 @@ def _some(names, most=6):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _differences(own, state, shapes=True):
+    """What keeps a state dict from filling a module's own: '' or missing, misshapen and unknown names."""
+    misshapen = (
+        [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape] if shapes else []
+    )
+    lists = {
+        "missing": own.keys() - state.keys(),
+        "of another shape": misshapen,
+        "unknown": state.keys() - own.keys(),
+    }
+    return "; ".join(f"{what}: {_some(names)}" for what, names in lists.items() if names)
+
+
 def _vit_sizes(state, notes, heads=None, image_size=None):
     """Arguments of ViT that fit a state dict. What its tensors do not tell is assumed, and `notes` says so."""
     try:
@@ -778,22 +774,21 @@ def _vit_sizes(state, notes, heads=None, image_size=None):
         tokens = state["encoder.pos_embed"].shape[1] - int("encoder.cls_token" in state)
     except KeyError as error:
         raise ValueError(f"its entries are not those of a plain ViT: {error} is missing") from error
-    dim, patch_size = len(kernel), kernel.shape[-1]
+    dim, patch_size, side = len(kernel), kernel.shape[-1], math.isqrt(tokens)
     if heads is None:
-        known = {size["dim"]: size["heads"] for size in SIZES.values()}
-        heads = known.get(dim, max(1, dim // 64))
+        heads = {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
         notes.append(f"heads assumed: {heads}; set --heads if the model has another number")
-    side = math.isqrt(tokens)
     if image_size is None and side**2 != tokens:
         raise ValueError(
-            f"its position embedding has {tokens} patch tokens, which is no square grid; a ViT with register or "
-            "distillation tokens, or of a rectangle, needs --encoder timm:NAME"
+            f"its position embedding has {tokens} patch tokens, not a square number; a rectangle, or a ViT with "
+            "register or distillation tokens, cannot be read from such a file"
         )
+    image_size = image_size or side * patch_size
     return {
-        "image_size": image_size or (side * patch_size, side * patch_size),
+        "image_size": (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
         "patch_size": patch_size,
         "dim": dim,
-        "depth": len([name for name in state if re.fullmatch(r"encoder\.blocks\.\d+\.norm1\.weight", name)]),
+        "depth": sum(bool(re.fullmatch(r"encoder\.blocks\.\d+\.norm1\.weight", name)) for name in state),
         "heads": heads,
         "mlp_dim": len(hidden),
         "class_token": "encoder.cls_token" in state,
@@ -809,28 +804,29 @@ def _find_vit(tree, branch):
     wanted = [prefix for prefix in prefixes if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or prefixes, key=len)
     if prefix:
-        found = "teacher" if TEACHER_NAME.search(prefix) else "student"
-        notes.append(f"branch: {found} ({prefix.rstrip('.')})")
+        notes.append(
+            f"branch: {'teacher' if TEACHER_NAME.search(prefix) else 'student'} ({prefix.rstrip('.')})"
+        )
     state = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
     if "patch_embed.proj.weight" not in state:
         state = {_rename(name, HUGGING_FACE_NAMES): value for name, value in state.items()}
     state = _merge_qkv({f"encoder.{name}": value for name, value in state.items()})
 
-    settings, heads = tree.get("settings", {}), None  # this project's checkpoints carry their settings
-    image_size = settings.get("crop") or settings.get("image_size")
-    if "heads" in settings:
-        heads, image_size = (
-            settings["heads"],
-            (image_size, image_size) if isinstance(image_size, int) else image_size,
-        )
-    elif "_encoder." in prefix and len(state["encoder.patch_embed.proj.weight"]) == 384:
+    settings = tree.get("settings", {})  # this project's checkpoints carry them
+    heads, image_size = settings.get("heads"), settings.get("crop") or settings.get("image_size")
+    if heads is None and "_encoder." in prefix and len(state["encoder.patch_embed.proj.weight"]) == 384:
         heads = 12  # MoCo v3's ViT-S
-    sizes = _vit_sizes(state, notes, heads, image_size and tuple(image_size))
+    sizes = _vit_sizes(state, notes, heads, image_size)
     root = prefix.removesuffix("encoder.")
-    if f"{root}predictor.norm_query.weight" in flat or f"{root}head.prototypes.weight" in flat:  # a LOCA
+    if (
+        f"{root}predictor.norm_query.weight" in flat or f"{root}head.prototypes.weight" in flat
+    ):  # a whole LOCA
         parts = (f"{root}predictor.", f"{root}head.")
         state |= {key.removeprefix(root): value for key, value in flat.items() if key.startswith(parts)}
     return Weights(state, sizes, notes)
+
+
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "uint32", "bool")
 
 
 def _find_published(path, branch):
@@ -841,28 +837,18 @@ def _find_published(path, branch):
         if code not in (1, 3):  # 1: an array, 3: a numpy scalar, both as (shape, dtype name, bytes)
             return None
         shape, dtype, buffer = msgpack.unpackb(payload)
-        if dtype not in (
-            "float32",
-            "float64",
-            "float16",
-            "bfloat16",
-            "int32",
-            "int64",
-            "uint8",
-            "uint32",
-            "bool",
-        ):
+        if dtype not in DTYPES:
             raise ValueError(f"an array of type {dtype}")
-        if not buffer:
-            return torch.empty(shape, dtype=getattr(torch, dtype))
-        return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
+        dtype = getattr(torch, dtype)
+        return (
+            torch.frombuffer(bytearray(buffer), dtype=dtype).reshape(shape) if buffer else torch.empty(shape)
+        )
 
     name = "ema_params" if branch == "teacher" else "params"
     try:
         with open(path, "rb") as file:
-            flat = dict(
-                _leaves(msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)[name], "/")
-            )
+            tree = msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
+        flat = dict(_leaves(tree[name], "/"))
     except Exception as error:  # whatever a damaged file makes msgpack or an array say
         raise ValueError(f"it is not a published train state ({type(error).__name__}: {error})") from error
     state, notes = published_to_state_dict(flat), [f"branch: {branch} ({name})"]

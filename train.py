@@ -1,8 +1,8 @@
 """Pretrain LOCA: photo -> crops and boxes (workers) -> colors (device, whole batch) -> loca.LOCA -> loop.
 
 `python train.py` draws its own scenes and needs nothing else; `--data DIR` takes any folder of images;
-`torchrun --nproc_per_node=N train.py` runs the same script on N devices. Every random draw is a function of the seed
-and of the step or image that it is for, so a resumed run continues as if it had never stopped.
+`torchrun --nproc_per_node=N train.py` runs the same script on N devices. Every random draw is a function of
+the seed and of the step or image that it is for, so a resumed run continues as if it had never stopped.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,9 +49,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def find_images(folder, flag="--data"):
-    """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes, which is small and
-    quickly sent to workers. Hidden files and folders are skipped, links are followed. Ends with an error if the folder
-    is missing or has no images."""
+    """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes, which is small
+    and quickly sent to workers. Hidden files and folders are skipped, links are followed. Ends with an error
+    if the folder is missing or has no images."""
     if not os.path.isdir(folder):
         fail(f"{flag} {folder}: there is no such folder")
     names, seen = [], set()
@@ -77,8 +78,8 @@ def warn_once(text):
 def to_8_bits(values):
     """Gray values of more than 8 bits [H, W] -> uint8 [H, W].
 
-    Values that fill at least a quarter of 0..65535 are divided by 257. Others, such as 12 bits in 16, CT images with
-    negative values and elevations, are scaled by the range that they use. NaN becomes black.
+    Values that fill at least a quarter of 0..65535 are divided by 257. Others, such as 12 bits in 16, CT
+    images with negative values and elevations, are scaled by the range that they use. NaN becomes black.
     """
     values = np.asarray(values, np.float32)
     finite = values[np.isfinite(values)]
@@ -99,9 +100,7 @@ def read_image(path):
         image = Image.open(io.BytesIO(data))  # reads the header only, and refuses decompression bombs
     except UnidentifiedImageError as error:
         if data[:4] in (b"II*\0", b"MM\0*"):
-            raise ValueError(
-                "a TIFF that Pillow cannot read, such as one with more than 4 bands; convert it"
-            ) from error
+            raise ValueError("a TIFF that Pillow cannot read, perhaps with more than 4 bands") from error
         raise ValueError("not an image, or damaged") from error
     with image:
         if image.format == "JPEG" and image.mode in ("RGB", "L"):  # torchvision decodes these faster
@@ -164,8 +163,8 @@ THINGS = {  # height, most in a scene, parts: shape, corners (x, y, ...) above t
 
 
 def draw_scene(seed, width=240, height=192):
-    """A street scene: image uint8 [H, W, 3] and labels uint8 [H, W], indices into SCENE_CLASSES. A seed draws the same
-    scene on every machine: the random stream is frozen and pixels are integers."""
+    """A street scene: image uint8 [H, W, 3] and labels uint8 [H, W], indices into SCENE_CLASSES. A seed draws
+    the same scene on every machine: the random stream is frozen and pixels are integers."""
     r = np.random.RandomState(seed)
     pictures = Image.new("RGB", (width, height)), Image.new("L", (width, height))
     pens = [ImageDraw.Draw(picture) for picture in pictures]
@@ -175,41 +174,37 @@ def draw_scene(seed, width=240, height=192):
         getattr(pens[0], shape)(points, fill=tuple(min(255, int(c)) for c in color))
         getattr(pens[1], shape)(points, fill=SCENE_CLASSES.index(label))
 
-    def color_of(label):
-        return np.array(SCENE_PALETTE[SCENE_CLASSES.index(label)]) * r.uniform(0.7, 1.3, 3)
-
-    horizon, sky, hill = height * r.uniform(0.3, 0.55), color_of("sky"), color_of("hill")
+    colors = {k: np.array(c) * r.uniform(0.7, 1.3, 3) for k, c in zip(SCENE_CLASSES, SCENE_PALETTE)}
+    horizon, sky = height * r.uniform(0.3, 0.55), colors["sky"]
     ground = height - horizon
     for i in range(12):  # the sky grows lighter toward the horizon
         part("sky", "rectangle", (0, horizon * i / 12, width, horizon), sky * (0.75 + 0.4 * i / 12))
     for x, y, s in zip(*(r.uniform(0, end, 4) for end in (width, 0.7 * horizon, 0.2 * width))):  # clouds
         part("sky", "ellipse", (x, y, x + s, y + 0.4 * s), sky * 0.4 + 150)
     for x, half, top in zip(*(r.uniform(0.1, end, 3) * width for end in (1, 0.5, 0.2))):
-        part(
-            "hill",
-            "polygon",
-            (x - half, horizon, x, horizon - top, x + half, horizon),
-            hill * r.uniform(0.8, 1.2),
-        )
-    part("grass", "rectangle", (0, horizon, width, height), color_of("grass"))
-    road, lane = color_of("road"), horizon + ground * r.uniform(0.4, 0.9)  # cars drive on the lane
+        corners = (x - half, horizon, x, horizon - top, x + half, horizon)
+        part("hill", "polygon", corners, colors["hill"] * r.uniform(0.8, 1.2))
+    part("grass", "rectangle", (0, horizon, width, height), colors["grass"])
+    lane = horizon + ground * r.uniform(0.4, 0.9)  # where cars drive
     if r.rand() < 0.6:  # a road across the picture, or one to the horizon
-        part("road", "rectangle", (0, lane - 0.3 * ground, width, lane), road)
+        part("road", "rectangle", (0, lane - 0.3 * ground, width, lane), colors["road"])
     else:
         x, near = width * r.uniform(0.3, 0.7), width * r.uniform(0.2, 0.4)
-        part("road", "polygon", (x - 5, horizon, x + 5, horizon, x + near, height, x - near, height), road)
+        part(
+            "road",
+            "polygon",
+            (x - 5, horizon, x + 5, horizon, x + near, height, x - near, height),
+            colors["road"],
+        )
 
-    things = []
-    for name, (size, most, parts) in THINGS.items():
-        for _ in range(r.randint(0, most + 1)):
-            y = lane if name == "car" and r.rand() < 0.7 else horizon + ground * r.uniform(0.08, 1)
-            things.append((y, name, size, parts, r.uniform(0, width), r.choice([-1, 1]), color_of(name)))
-    for y, name, size, parts, x, facing, color in sorted(
-        things, key=lambda thing: thing[0]
-    ):  # far ones first
+    names = [name for name in THINGS for _ in range(r.randint(0, THINGS[name][1] + 1))]
+    feet = [lane if k == "car" and r.rand() < 0.7 else horizon + ground * r.uniform(0.08, 1) for k in names]
+    for y, name in sorted(zip(feet, names)):  # far ones first
+        size, _, parts = THINGS[name]
         size *= height * (0.35 + 0.9 * (y - horizon) / ground)
+        x, facing, color = r.uniform(0, width), r.choice([-1, 1]), colors[name] * r.uniform(0.6, 1.2, 3)
         for shape, corners, shade in parts:
-            xs, ys = (x + facing * size * np.array(corners[::2])), (y - size * np.array(corners[1::2]))
+            xs, ys = x + facing * size * np.array(corners[::2]), y - size * np.array(corners[1::2])
             if shape != "polygon":
                 xs, ys = np.sort(xs), np.sort(ys)
             part(name, shape, np.stack([xs, ys], 1).ravel(), color * shade)
@@ -217,7 +212,7 @@ def draw_scene(seed, width=240, height=192):
     noise = np.zeros((height, width), np.int32)
     for cell in (1, 4, 12):  # texture of three sizes
         coarse = r.randint(-64, 64, (height // cell, width // cell)).astype(np.int32)
-        noise += coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width] if cell > 1 else coarse
+        noise += coarse.repeat(cell, 0).repeat(cell, 1)
     image = image + (noise * np.array(GRAIN, np.int32)[labels] >> 6)[..., None]
     return (image * r.randint(90, 150) >> 7).clip(0, 255).astype(np.uint8), labels
 
@@ -239,8 +234,8 @@ class Scenes:
 
 
 def open_images(args):
-    """Training and held-out images as the flags name them. Also sets args.images, the identity of the training images
-    by count and names, which a resumed run must share whatever the path of the folder."""
+    """Training and held-out images as the flags name them. Also sets args.images, the identity of the
+    training images by count and names, which a resumed run must share whatever the path of the folder."""
     rng = np.random.default_rng(args.seed)
     if args.data is None:
         train_images, val_images = Scenes(args.scenes), Scenes(args.val_images, first=10**6)
@@ -262,8 +257,8 @@ def open_images(args):
 
 
 def random_box(height, width, area, rng):
-    """A random crop of an image, (top, left, height, width): its share of the image's area drawn from `area`, its
-    aspect ratio from 0.75..1.33; the whole image after 100 tries (released pipeline)."""
+    """A random crop of an image, (top, left, height, width): its share of the image's area drawn from `area`,
+    its aspect ratio from 0.75..1.33; the whole image after 100 tries (released pipeline)."""
     for _ in range(100):
         pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
@@ -281,25 +276,23 @@ def crop(image, box, size, flip):
 
 
 def read_or_next(source, index, read):
-    """What `read` makes of the image at `index`, or of the next one that can be read, and '' or what was wrong with
-    the first. Raises ValueError after 100 unreadable images in a row."""
+    """What `read` makes of the image at `index`, or of the next one that can be read, and '' or what was
+    wrong with the first. Raises ValueError after 100 unreadable images in a row."""
     wrong, most = "", min(len(source), 100)
     for i in range(most):
         try:
             return read((index + i) % len(source)), wrong
         except Exception as error:  # a damaged file can make a decoder raise anything
-            wrong = (
-                wrong or f"{source.name(index)}: {str(error).splitlines()[0] if str(error) else repr(error)}"
-            )
+            wrong = wrong or f"{source.name(index)}: {(str(error) or repr(error)).splitlines()[0]}"
     raise ValueError(f"{most} images in a row cannot be read; the first is {wrong}")
 
 
 class Views(Dataset):
     """One image -> uint8 crops of one reference, one random query and the focal queries, all from one decode.
 
-    Keys are (epoch, index). Both seed the crops, so a key always gives the same views. Items: reference and query
-    [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], and unreadable: '' or what was wrong with a file
-    that another one replaces.
+    Keys are (epoch, index). Both seed the crops, so a key always gives the same views. Items: reference and
+    query [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], and unreadable: '' or what was wrong
+    with a file that another one replaces.
     """
 
     def __init__(self, source, args):
@@ -317,12 +310,11 @@ class Views(Dataset):
         flips[0] = False  # the reference is never mirrored
         sizes = [args.image_size] * 2 + [args.focal_size] * args.focal
         views = [crop(image, *view) for view in zip(boxes, sizes, flips)]
+        none = image.new_zeros(0, 3, args.focal_size, args.focal_size)
         return {
             "reference": views[0],
             "query": views[1],
-            "focal": torch.stack(views[2:])
-            if args.focal
-            else image.new_zeros(0, 3, args.focal_size, args.focal_size),
+            "focal": torch.stack(views[2:]) if args.focal else none,
             "boxes": torch.tensor(boxes),
             "flips": torch.from_numpy(flips),
             "unreadable": wrong,
@@ -330,9 +322,9 @@ class Views(Dataset):
 
 
 def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate=1):
-    """Yield the keys (epoch, index) of each micro-batch of the steps first..last-1: a new permutation in each epoch,
-    cut to whole batches. Which images a step sees depends on (seed, step) alone, however many processes and
-    micro-batches share them."""
+    """Yield the keys (epoch, index) of each micro-batch of the steps first..last-1: a new permutation in each
+    epoch, cut to whole batches. Which images a step sees depends on (seed, step) alone, however many
+    processes and micro-batches share them."""
     steps, order = images // batch, None
     for step in range(first, last):
         epoch, i = divmod(step, steps)
@@ -344,8 +336,8 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
 
 
 def read_batches(dataset, workers, device, **sampling):
-    """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and batch_size. The
-    workers live as long as the generator. Ends with an error if one of them fails."""
+    """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
+    batch_size. The workers live as long as the generator. Ends with an error if one of them fails."""
     loader = DataLoader(
         dataset,
         num_workers=workers,
@@ -354,8 +346,8 @@ def read_batches(dataset, workers, device, **sampling):
         multiprocessing_context="spawn" if workers else None,  # a fork with running threads can hang
         **sampling,
     )
-    # Ctrl-C and SIGTERM are handled by the main process, though terminals and schedulers send them to all. Workers
-    # inherit the mask of blocked signals.
+    # Ctrl-C and SIGTERM are handled by the main process, though terminals and schedulers send them to all.
+    # Workers inherit the mask of blocked signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         iterator = iter(loader)
@@ -364,19 +356,18 @@ def read_batches(dataset, workers, device, **sampling):
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError) as error:
-        lines = str(error).strip().splitlines()
-        if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-            fail(f"{lines[0]} If memory ran out, use fewer --workers; the same command resumes the run")
-        fail(
-            lines[-1].removeprefix("ValueError: ") if "in a row cannot be read" in str(error) else str(error)
-        )
+        if "in a row cannot be read" in str(error):  # a worker's error ends with its own message
+            fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+        if "DataLoader worker" in str(error) and "Traceback" not in str(error):
+            fail(f"{error} If memory ran out, use fewer --workers; the same command resumes the run")
+        raise
     finally:
         if workers:
             iterator._shutdown_workers()  # they ignore the SIGTERM that would end them at exit
 
 
 def to_device(batch, device):
-    """A collated batch with its tensors on the device; the host does not wait for copies from pinned memory."""
+    """A collated batch with its tensors on the device. The host does not wait for copies of pinned memory."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
@@ -394,11 +385,12 @@ def constant(values, device):
 
 
 def draw_jitter(count, device):
-    """Draw the color jitter of `count` views: four operations x -> M x + b + c mean(x), in an order of each view's own.
+    """Draw the color jitter of `count` views: four operations x -> M x + b + c mean(x), each view in its own
+    order.
 
-    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], c [V, 4, 1, 1]. Brightness adds u(-0.4, 0.4); contrast about the mean of a
-    channel by u(0.6, 1.4); saturation by u(0.8, 1.2); hue rotated by u(-0.1, 0.1) of the circle. Saturation and hue are
-    linear in YIQ. One view in five is left as it is.
+    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], c [V, 4, 1, 1]. Brightness adds u(-0.4, 0.4); contrast about the
+    mean of a channel by u(0.6, 1.4); saturation by u(0.8, 1.2); hue rotated by u(-0.1, 0.1) of the circle.
+    Saturation and hue are linear in YIQ. One view in five is left as it is.
     """
 
     def uniform(low, high):
@@ -425,8 +417,8 @@ def draw_jitter(count, device):
 
 
 def draw_blur(count, side, probability, device):
-    """Kernels [V, k] of a Gaussian blur for some of `count` views: sigma u(0.1, 2), k a tenth of the side; the kernels
-    of the others leave a view as it is."""
+    """Kernels [V, k] of a Gaussian blur for some of `count` views: sigma u(0.1, 2), k a tenth of the side;
+    the kernels of the others leave a view as it is."""
     radius = side // 10 // 2
     sigma = torch.empty(count, 1, device=device).uniform_(0.1, 2.0)
     taps = torch.arange(-radius, radius + 1, device=device)
@@ -449,10 +441,11 @@ def normalize(views):
 
 
 def augment(views, solarize=0.0, blur_probability=0.0):
-    """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized float32.
+    """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
+    float32.
 
-    Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2, then blur and
-    solarization with the given probabilities (released pipeline). No value goes back to the host.
+    Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2, then blur
+    and solarization with the given probabilities (released pipeline). No value goes back to the host.
     """
     device, count, side = views.device, len(views), views.shape[-1]
     matrix, shift, of_mean = draw_jitter(count, device)
@@ -478,80 +471,71 @@ def to_views(batch, args, random_colors=True):
     """A collated batch of Views on the device -> the views of loca.LOCA.forward: colors and targets."""
     reference, query, focal = batch["reference"], batch["query"], batch["focal"]
     if random_colors:
-        blur_probabilities = (
-            (1.0, 0.1, 0.5) if args.blur else (0.0, 0.0, 0.0)
-        )  # reference, random query, focal
-        reference = augment(reference, blur_probability=blur_probabilities[0])
-        query = augment(query, solarize=0.2, blur_probability=blur_probabilities[1])
+        blurred = {"reference": 1.0, "query": 0.1, "focal": 0.5} if args.blur else dict.fromkeys(batch, 0.0)
+        reference = augment(reference, blur_probability=blurred["reference"])
+        query = augment(query, solarize=0.2, blur_probability=blurred["query"])
         if args.focal:
-            focal = augment(focal.flatten(0, 1), blur_probability=blur_probabilities[2]).view_as(focal)
+            focal = augment(focal.flatten(0, 1), blur_probability=blurred["focal"]).view_as(focal)
     else:
         reference, query, focal = normalize(reference), normalize(query), normalize(focal)
-    boxes, flips = batch["boxes"], batch["flips"]
-    large, small = args.image_size, args.focal_size
+    boxes, flips, large, small = batch["boxes"], batch["flips"], args.image_size, args.focal_size
     grid, focal_grid = large // args.patch_size, small // args.patch_size
-    return {
-        "reference": reference,
-        "query": query,
-        "query_targets": loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid),
-        "focal": focal,
-        "focal_targets": loca.patch_targets(
-            boxes[:, :1], boxes[:, 2:], flips[:, 2:], small, focal_grid, grid
-        ),
-    }
+    targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)  # B,N
+    focal_targets = loca.patch_targets(
+        boxes[:, :1], boxes[:, 2:], flips[:, 2:], small, focal_grid, grid
+    )  # B,F,n
+    views = {"reference": reference, "query": query, "focal": focal}
+    return {**views, "query_targets": targets, "focal_targets": focal_targets}
 
 
 # ------------------------------------------------------------------------ model, optimizer, schedules, precision
 
 
 def build_model(args):
-    """The LOCA that the settings describe, on the CPU. Raises ValueError for sizes that do not fit together."""
+    """The LOCA that the settings describe, on the CPU. Raises ValueError if sizes do not fit together."""
     sizes = (args.patch_size, args.dim, args.depth, args.heads, args.mlp_dim)
     encoder = loca.ViT(args.image_size, *sizes, drop_path=args.drop_path)
     encoder.grad_checkpoint = args.grad_checkpoint
     if args.position_std:
         nn.init.normal_(encoder.pos_embed, std=args.position_std)
-    return loca.LOCA(
-        encoder,
-        args.prototypes if args.feature_weight and not args.single_image else 0,
-        args.head_hidden,
-        args.bottleneck,
-        masking_ratio=args.masking_ratio,
-        masking=args.masking,
-        query_tokens=args.query_tokens,
-        student_temperature=args.student_temperature,
-        teacher_temperature=args.teacher_temperature,
-        position_weight=args.position_weight,
-        feature_weight=args.feature_weight,
-        single_image=args.single_image,
-    )
+    names = (
+        "head_hidden", "bottleneck", "masking_ratio", "masking", "query_tokens", "student_temperature",
+        "teacher_temperature", "position_weight", "feature_weight", "single_image",
+    )  # fmt: skip
+    prototypes = args.prototypes if args.feature_weight and not args.single_image else 0
+    return loca.LOCA(encoder, prototypes, **{name: getattr(args, name) for name in names})
 
 
-def init_from(model, teacher, path):
-    """Start from the weights in a file: the student from its student, the teacher from its teacher. Head and predictor
-    are taken where they fit, else they stay new. Ends with an error if the encoder does not fit."""
-    parts = [("student", model)] + ([("teacher", teacher)] if teacher else [])
-    for branch, module in parts:
+def init_from(path, model, teacher):
+    """Start from the weights in a file, the student from its student and the teacher from its teacher: the
+    encoder, and of the head and the predictor what fits. Yields what was taken; ends with an error if the
+    encoder does not fit."""
+    for branch, module in (("student", model), ("teacher", teacher)):
+        if module is None:
+            continue
         try:
             weights = loca.load_weights(path, branch)
-            notes = [
-                *weights.notes[:1],
-                loca.load_encoder(module["encoder"] if branch == "teacher" else model.encoder, weights),
-            ]
+            notes = [note for note in weights.notes if "heads assumed" not in note]
+            if len(notes) == len(weights.notes) and weights.sizes["heads"] != model.encoder.heads:
+                raise ValueError(f"its encoder has {weights.sizes['heads']} heads, not {model.encoder.heads}")
+            notes.append(loca.load_encoder(module.get_submodule("encoder"), weights))
         except (OSError, ValueError, ImportError) as error:
             fail(f"--init {path}: {error}")
-        own = module.state_dict()
-        rest = {name for name in own if not name.startswith("encoder.")}
-        fitting = {name for name in rest if name in weights and weights[name].shape == own[name].shape}
-        module.load_state_dict({**own, **{name: weights[name] for name in fitting}})
-        new = sorted({name.split(".")[0] + "." + name.split(".")[1] for name in rest - fitting})
-        yield f"{branch} from {path}: {'; '.join(notes)}; new: {', '.join(new) or 'nothing'}"
+        own = {k: v for k, v in module.state_dict().items() if not k.startswith("encoder.")}
+        fitting = {k: weights[k] for k in own if k in weights and weights[k].shape == own[k].shape}
+        module.load_state_dict({**module.state_dict(), **fitting})
+        parts = {k.split(".")[0] for k in fitting}  # a part of which nothing fits is named as a whole
+        new = {
+            k.rpartition(".")[0] if k.split(".")[0] in parts else k.split(".")[0]
+            for k in own.keys() - fitting
+        }
+        yield f"{branch}: {'; '.join(notes)}; starting anew: {', '.join(sorted(new)) or 'nothing'}"
 
 
 def compile_blocks(*models):
-    """Compile what repeats instead of the whole model: transformer blocks share one graph for each token count."""
+    """Compile what repeats instead of whole models: blocks share one graph for each number of tokens."""
     torch._dynamo.config.optimize_ddp = False  # a block is compiled as a whole, whatever DDP's buckets are
-    for module in itertools.chain.from_iterable(model.modules() for model in models if model is not None):
+    for module in itertools.chain(*(model.modules() for model in models if model is not None)):
         if isinstance(module, loca.Block):
             module.compile(dynamic=False)
 
@@ -600,13 +584,13 @@ def seed_all(*parts):
 
 
 def init_distributed(name=None):
-    """Join the processes that torchrun started, or run alone -> rank, number of processes, device. `name`: cuda, mps
-    or cpu; the first one available when None."""
+    """Join the processes that torchrun started, or run alone -> rank, number of processes, device. `name`:
+    cuda, mps or cpu; the first one available when None."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         fail(
-            "srun started several copies that do not know of each other; use one task per node with torchrun in it: "
-            "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS --rdzv-backend=c10d "
+            "srun starts copies that do not know of each other; start one task per node with torchrun in it: srun "
+            "--ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS --rdzv-backend=c10d "
             f"--rdzv-endpoint=FIRST_NODE:29500 {Path(sys.argv[0]).name} ..."
         )
     if name is None:
@@ -621,14 +605,12 @@ def init_distributed(name=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if world_size > 1 and not dist.is_initialized():
-        # After torchrun restarts the processes, the store still has the addresses of the dead ones: use another prefix.
+        # After a restart by torchrun the store still has the addresses of dead processes: use another prefix.
         store = next(dist.rendezvous("env://", rank, world_size))[0]
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        timeout = timedelta(minutes=10)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
-        )
+        place = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(minutes=10)}
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **place)
     return rank, world_size, device
 
 
@@ -643,18 +625,13 @@ def sum_over_processes(values, device):
     return loca.sum_over_devices(torch.as_tensor(values, device=device)).tolist()
 
 
-class StopRequest:
-    """Whether a signal asked the run to stop."""
-
-    signal = None
-
-
 @contextlib.contextmanager
 def catch_signals():
-    """Within the context, SIGTERM and Ctrl-C ask for a stop: the loop saves and exits. A second signal that comes over
-    a second later ends the process at once; until then it is the same one, which schedulers and torchrun both send.
-    The handlers are restored afterwards, and left alone outside the main thread, where Python cannot set them."""
-    stop = StopRequest()
+    """Within the context, SIGTERM and Ctrl-C ask for a stop: the loop saves and exits. A second signal that
+    comes over a second later ends the process at once; until then it is the same one, which schedulers and
+    torchrun both send. The handlers are restored afterwards, and left alone outside the main thread, where
+    Python cannot set them."""
+    stop = SimpleNamespace(signal=None)
 
     def ask(number, frame):
         if stop.signal is None:
@@ -677,19 +654,21 @@ def catch_signals():
 
 
 class Meter:
-    """Means of named scalars since the last log line, summed on the device: the host waits only when they are read."""
+    """Means of named scalars since the last log line, summed on the device: the host waits only when they are
+    read."""
 
     def __init__(self, device, world_size):
         self.device, self.world_size, self.unreadable, self.seen = device, world_size, set(), 0
         self.reset()
 
     def reset(self):
+        """Start anew, also the clock."""
         self.names, self.sums, self.count = (), 0, 0
         self.start, self.waited = time.perf_counter(), 0.0
 
     def next_batch(self, batches, images):
-        """The next batch. Counts the time waited for it, and names each unreadable file once; ends with an error if
-        over 5 % of the `images` of this process are unreadable."""
+        """The next batch. Counts the time waited for it, and names each unreadable file once; ends with an
+        error if over 5 % of the `images` of this process are unreadable."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
@@ -698,29 +677,28 @@ class Meter:
             print(f"warning: cannot read {wrong}; another image replaces it", file=sys.stderr, flush=True)
         self.seen += len(batch["unreadable"])
         if len(self.unreadable) > 0.05 * min(images, max(self.seen, 400)):
-            fail(
-                f"{len(self.unreadable)} of the images read so far are unreadable, over 5 %: see the warnings above"
-            )
+            fail(f"{len(self.unreadable)} images so far are unreadable, over 5 %: see the warnings above")
         return batch
 
     def add(self, values):
-        """Add one step's dict of scalars."""
+        """Add a micro-batch's dict of scalars."""
         self.names, self.count = tuple(values), self.count + 1
-        self.sums = self.sums + torch.stack([value.detach().float() for value in values.values()])
+        self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
-    def read(self, batch):
-        """Means over the steps and all processes, images per second, and the share of time waited for data."""
+    def read(self, images):
+        """Means over micro-batches of `images` images and all processes, images per second, share of waiting.
+        """
         means = sum_over_processes(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
-        record = dict(zip(self.names, means))
-        record |= {"images_per_second": self.count * batch / seconds, "waiting": self.waited / seconds}
+        speed, waiting = self.count * images / seconds, self.waited / seconds
+        record = dict(zip(self.names, means)) | {"images_per_second": speed, "waiting": waiting}
         self.reset()
         return record
 
 
 def check_finite(record, done, rank):
-    """End all processes alike if the loss or its gradient was not finite since the last log line. Nothing has been
-    saved since then."""
+    """End all processes alike if the loss or its gradient was not finite since the last log line. Nothing has
+    been saved since then."""
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = (
@@ -738,8 +716,8 @@ def peak_memory(device):
 
 
 class Log:
-    """metrics.jsonl, one record a line, and TensorBoard's log on request. Records from `step` on, left by a run that
-    went further before it died, are cut off."""
+    """metrics.jsonl, one record a line, and TensorBoard's log on request. Records from `step` on, left by a
+    run that went further before it died, are cut off."""
 
     def __init__(self, folder, step, tensorboard=False):
         self.path, self.board = folder / "metrics.jsonl", None
@@ -782,6 +760,11 @@ def write_file(path, write):
         fail(f"cannot write {path}: {reason}; what was saved before is untouched")
 
 
+def write_json(path, content):
+    """Write a JSON file."""
+    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
 def save_checkpoint(path, args, step, modules, **more):
     """Write the states of `modules` (by name), the settings and the step."""
     state = {name: module.state_dict() for name, module in modules.items() if module is not None}
@@ -790,15 +773,16 @@ def save_checkpoint(path, args, step, modules, **more):
 
 # Settings that a resumed run may change. What they must share is checked by load_checkpoint.
 MAY_CHANGE = {
-    "data", "val", "out", "init", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes",
+    "data", "folder", "val", "out", "init", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes",
     "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr", "warmup_epochs", "clip", "evaluations",
     "window_batch", "multi_scale",
 }  # fmt: skip
 
 
 def load_checkpoint(path, args, modules, world_size, device, say=print):
-    """Resume: load the states of `modules` from a checkpoint and return its content, or None if there is no such file.
-    Ends with an error if the checkpoint is damaged or belongs to another run; says which settings have changed."""
+    """Resume: load the states of `modules` from a checkpoint and return its content, or None if there is no
+    such file. Ends with an error if the checkpoint is damaged or belongs to another run; says which settings
+    have changed."""
     saved = None
     if path.exists():
         try:
@@ -807,15 +791,14 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
         except (ValueError, KeyError, TypeError) as error:
             fail(f"cannot resume from {path}: {error}")
         for key in sorted(old.keys() & new.keys() - {"out"}):
-            flag = "its" if key == "images" else f"--{key.replace('_', '-')}"
-            if old[key] != new[key] and key not in MAY_CHANGE:
-                fail(
-                    f"{path} was made with {flag} {old[key]}, not {new[key]}: use another --out or the old value"
-                )
-            if old[key] != new[key]:
-                say(f"resuming with {flag} {new[key]}, formerly {old[key]}")
-                if key in ("steps", "epochs"):
-                    say("the learning rate now follows the schedule of the new length")
+            if old[key] == new[key]:
+                continue
+            name = "its" if key == "images" else flag(key)
+            if key not in MAY_CHANGE:
+                fail(f"{path} was made with {name} {old[key]}, not {new[key]}: give that, or another --out")
+            say(f"resuming with {name} {new[key]}, formerly {old[key]}")
+            if key in ("steps", "epochs"):
+                say("the learning rate now follows the schedule of the new length")
         for name, module in modules.items():
             if module is not None:
                 module.load_state_dict(saved[name])
@@ -823,7 +806,7 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
     step = float(saved["step"]) if saved else 0.0
     if sum_over_processes([step], device)[0] != step * world_size:
         fail(
-            f"--out {path.parent}: the processes do not see the same checkpoint; use a folder that all machines share"
+            f"--out {path.parent}: not all processes see the same checkpoint; use a folder that machines share"
         )
     return saved
 
@@ -832,8 +815,8 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
 
 
 def val_keys(images, rank, world_size):
-    """Yield, over and over, the keys of this process's held-out batches of at most 32 images; how many make a pass is
-    in val_steps. An epoch number of its own keeps these views apart from those of training."""
+    """Yield, over and over, the keys of this process's held-out batches of at most 32 images; how many make a
+    pass is in val_steps. An epoch number of its own keeps these views apart from those of training."""
     steps = val_steps(images, world_size)
     size = images // (steps * world_size)
     for i in itertools.cycle(range(rank * steps, (rank + 1) * steps)):
@@ -847,8 +830,8 @@ def val_steps(images, world_size):
 
 @torch.no_grad()
 def evaluate(model, teacher, batches, args, device):
-    """Held-out position accuracy and loss, and how spread out the features are -> dict of floats. Views and masks are
-    the same each time; stochastic depth is off."""
+    """Held-out position accuracy and loss, and how spread out the features are -> dict of floats. Views and
+    masks are the same each time; stochastic depth is off."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     names = ("position_accuracy", "position_loss", "prototype_perplexity", "target_entropy")
     sums, tokens = 0.0, []
@@ -861,88 +844,79 @@ def evaluate(model, teacher, batches, args, device):
         sums = sums + torch.stack([losses[name].float() for name in names])
     both.train()
     means = sum_over_processes(sums / (len(tokens) * loca.devices()), device)
-    std, rank = feature_spread(torch.cat(tokens))
-    return {
-        **{f"val_{name}": mean for name, mean in zip(names, means)},
-        "feature_std": std,
-        "effective_rank": rank,
-    }
+    return {f"val_{name}": mean for name, mean in zip(names, means)} | feature_spread(torch.cat(tokens))
 
 
 def feature_spread(tokens):
-    """Tokens [M, D] -> standard deviation of the unit vectors, 1 if they fill all directions and 0 if they are all the
-    same, and the effective rank, 1..D: exp of the entropy of the normalized singular values (Roy and Vetterli 2007)."""
+    """Tokens [M, D] -> feature_std, the deviation of the unit vectors (1 if they fill all directions, 0 if
+    all are the same), and effective_rank, 1..D: exp of the entropy of the normalized singular values (Roy and
+    Vetterli 2007)."""
     unit = F.normalize(tokens, dim=-1)
     centered = (tokens - tokens.mean(0)).cpu()
     values = torch.linalg.svdvals(centered.T @ centered).sqrt()
-    share = values / values.sum().clamp_min(1e-12)
-    return float(unit.std(0).norm()), float(torch.special.entr(share).sum().exp())
+    entropy = torch.special.entr(values / values.sum().clamp_min(1e-12)).sum()
+    return {"feature_std": float(unit.std(0).norm()), "effective_rank": float(entropy.exp())}
 
 
 def warnings_of(record, done, total_steps, chances, prototypes):
-    """Yield (kind, text) for figures that show that a run does not learn; `chances`: chance level of a loss by name."""
+    """Yield (kind, text) for figures that show that a run does not learn; `chances`: chance level of a loss
+    by name."""
     if done > max(200, total_steps // 4):
         for name, chance in chances.items():
             if record.get(name, 0) > 0.99 * chance:
                 yield "chance", f"a quarter of the steps is done and {name} is still at chance"
-    if prototypes and done > 200 and record.get("prototype_perplexity", prototypes) < 0.02 * prototypes:
-        yield (
-            "collapse",
-            f"the predictions use {record['prototype_perplexity']:.0f} of {prototypes} prototypes",
-        )
+    used = record["prototype_perplexity"]
+    if prototypes and done > 200 and used < 0.02 * prototypes:
+        yield "collapse", f"the predictions use {used:.0f} of {prototypes} prototypes"
     if record.get("feature_std", 1) < 0.05 or record.get("effective_rank", 2) < 2:
         yield "collapse", "the features are nearly the same everywhere"
 
 
 @torch.no_grad()
 def draw_predictions(model, teacher, images, args, device, count=5, side=160):
-    """A picture of where the model places the patches of held-out queries. A row per image: the reference with a color
-    for every position, then for the random and one focal query the crop and its patches in the colors of their true
-    and predicted positions."""
+    """A picture of where the model places the patches of held-out queries. A row per image: the reference
+    with a color for every position, then for the random and one focal query the crop and its patches in the
+    colors of their true and predicted positions; gray lies outside the reference."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    dataset, positions = Views(images, args), torch.arange(model.positions, device=device)
-    batch = to_device(default_collate([dataset[2**31, i] for i in range(min(count, len(images)))]), device)
+    dataset, positions = Views(images, args), torch.arange(model.positions)
+    batch = default_collate([dataset[2**31, i] for i in range(min(count, len(images)))])
     seed_all(args.seed)
-    views = to_views(batch, args, random_colors=False)
+    views = to_views(to_device(batch, device), args, random_colors=False)
     context, _ = model.encode_reference(views, teacher)
-    queries, targets = model.encode_queries(views, positions, position=teacher is not None)  # all tokens
-    predicted = model.predictor(queries, context).argmax(-1)
+    queries, targets = model.encode_queries(views, positions.to(device), position=teacher is not None)
+    predicted, targets = (
+        model.predictor(queries, context).argmax(-1).cpu(),
+        targets.cpu(),
+    )  # B,T with all tokens
     both.train()
 
+    grid, patches = math.isqrt(model.positions), args.focal_size // args.patch_size
     corners = torch.tensor(
         [[[255.0, 255], [60, 40]], [[60, 225], [40, 225]], [[40, 60], [200, 160]]]
     )  # of RGB
-    grid = math.isqrt(model.positions)
-    palette = (
-        F.interpolate(corners[None], (grid, grid), mode="bilinear", align_corners=True)[0].flatten(1).T.byte()
-    )
+    palette = F.interpolate(corners[None], (grid, grid), mode="bilinear", align_corners=True)[0].flatten(1).T
+    palette = torch.cat([palette, torch.full((1, 3), 110.0)])  # N+1,3: the last one, -1, is gray
 
-    def picture(pixels):
-        return Image.fromarray(np.asarray(pixels.byte().cpu())).resize((side, side), Image.NEAREST)
+    def cell(view, where=None):  # a crop [3, s, s], under its patches in the colors of positions [n]
+        view = F.interpolate(view[None].float(), (side, side))[0]
+        if where is not None:
+            colors = palette[where].T.unflatten(1, (math.isqrt(len(where)), -1))  # 3,rows,columns
+            view = 0.3 * view + 0.7 * F.interpolate(colors[None], (side, side))[0]
+        return F.pad(view, (0, 6, 0, 6), value=255.0)
 
-    def paint(view, where):  # patches in the colors of positions [n]; gray outside the reference
-        patches = math.isqrt(len(where))
-        colors = torch.where(where[:, None] < 0, torch.tensor(110), palette[where.clamp(min=0)].long())
-        return Image.blend(picture(view), picture(colors.view(patches, patches, 3)), 0.7)
-
-    titles = ["reference", "its positions"] + ["query", "true", "predicted"] * (2 if args.focal else 1)
-    sheet = Image.new("RGB", (len(titles) * (side + 6), 24 + len(predicted) * (side + 6)), "white")
-    for column, title in enumerate(titles):
-        place = (column * (side + 6) + 4, 4)
-        ImageDraw.Draw(sheet).text(place, title, fill="black", font=ImageFont.load_default(14))
-    focal_patches = (args.focal_size // args.patch_size) ** 2
-    ends = [model.positions, model.positions + focal_patches]
-    for row in range(len(predicted)):
-        reference = batch["reference"][row].permute(1, 2, 0)
-        cells = [picture(reference), paint(reference, torch.arange(model.positions))]
-        for k, view in enumerate([batch["query"][row], *batch["focal"][row, :1]]):
-            part = slice(0 if k == 0 else ends[0], ends[k])
-            true, said = targets[row, part].cpu(), predicted[row, part].cpu()
-            view = view.permute(1, 2, 0)
-            cells += [picture(view), paint(view, true), paint(view, torch.where(true < 0, true, said))]
-        for column, cell in enumerate(cells):
-            sheet.paste(cell, (column * (side + 6), 24 + row * (side + 6)))
-    return sheet
+    rows = []
+    for i in range(len(predicted)):
+        cells = [cell(batch["reference"][i]), cell(batch["reference"][i], positions)]
+        parts = zip(*(x[i].split([len(positions), *[patches**2] * args.focal]) for x in (targets, predicted)))
+        for view, (true, guess) in zip([batch["query"][i], *batch["focal"][i, :1]], parts):
+            cells += [cell(view), cell(view, true), cell(view, torch.where(true < 0, true, guess))]
+        rows.append(torch.cat(cells, dim=2))
+    sheet = F.pad(torch.cat(rows, dim=1), (0, 0, 24, 0), value=255.0)  # room for the titles
+    picture = Image.fromarray(sheet.permute(1, 2, 0).byte().numpy())
+    for column, title in enumerate(("reference", "its positions", *("query", "true", "predicted") * 2)):
+        place, font = (column * (side + 6) + 4, 3), ImageFont.load_default(14)
+        ImageDraw.Draw(picture).text(place, title, fill="black", font=font)
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -960,9 +934,7 @@ def main(args):
     train_images, val_images = open_images(args)
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
-        fail(
-            f"{len(train_images)} training images are less than one batch: use --batch {len(train_images)} or less"
-        )
+        fail(f"{len(train_images)} training images make no batch: use --batch {len(train_images)} or less")
     total_steps = args.steps or args.epochs * steps_per_epoch
     warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps // 2)
     peak_lr = args.lr * args.batch / 1024
@@ -972,33 +944,28 @@ def main(args):
     model = build_model(args).to(device)
     teacher = loca.make_teacher(model) if model.head else None  # None: position loss alone
     if args.init:
-        for line in init_from(model, teacher, args.init):
-            say(line)
+        for line in init_from(args.init, model, teacher):
+            say(f"--init {args.init}, {line}")
     groups = weight_decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
     saved = load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
-    start_step, best = (
-        (saved["step"], saved["best"]) if saved else (0, None)
-    )  # best: held-out position accuracy
+    start_step, accuracy = (saved["step"], saved["best"]) if saved else (0, None)  # accuracy: held out
     if args.compile:
         compile_blocks(model, teacher)
     net = model
     if world_size > 1:
-        # The graph is static unless micro-batches without communication come between.
-        ids, static = [device.index] if device.type == "cuda" else None, args.accumulate == 1
-        net = DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, static_graph=static
-        )
+        static = args.accumulate == 1  # else micro-batches without communication come between
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
 
     # ---- log ----
     chances = {"position_loss": math.log(model.positions)} if args.position_weight else {}
     chances |= {"cross_entropy": math.log(args.prototypes)} if teacher else {}
     meter, log = Meter(device, world_size), Log(out, start_step, args.tensorboard) if rank == 0 else None
     if rank == 0:
-        write_file(out / "settings.json", lambda file: file.write(json.dumps(vars(args), indent=1).encode()))
+        write_json(out / "settings.json", vars(args))
     per_device = args.batch // world_size // args.accumulate
     size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     say(
@@ -1007,29 +974,23 @@ def main(args):
         f"{len(val_images)} held out; encoder of {size:.1f} M parameters; {total_steps} steps; run folder {out}"
     )
     if args.data and len(train_images) < 20000 and not (args.small or args.init):
-        say(
-            "note: for a few thousand images or less, --small or --init FILE (published weights) works better"
-        )
+        say("note: with few images, --small or --init FILE (such as the published weights) works better")
     warned, saved_at = set(), time.monotonic()
 
     # ---- loop ----
+    place = (rank, world_size)
     keys = step_keys(
-        len(train_images), args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
+        len(train_images), args.batch, args.seed, start_step, total_steps, *place, args.accumulate
     )
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
-    val_batches = read_batches(
-        Views(val_images, args),
-        min(args.workers, 2),
-        device,
-        batch_sampler=val_keys(len(val_images), rank, world_size),
-    )
+    keys, workers = val_keys(len(val_images), *place), min(args.workers, 2)
+    val_batches = read_batches(Views(val_images, args), workers, device, batch_sampler=keys)
     with contextlib.closing(batches), contextlib.closing(val_batches), catch_signals() as stop:
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, warmup_steps, peak_lr)
 
             # ---- forward and backward ----
-            totals = {}
             for micro in range(args.accumulate):
                 batch = to_device(meter.next_batch(batches, len(train_images) // world_size), device)
                 seed_all(args.seed, step, rank, micro)  # color jitter, masks, stochastic depth
@@ -1039,8 +1000,7 @@ def main(args):
                     with autocast(args.precision, device):
                         losses = net(views, teacher)
                     (losses["loss"] / args.accumulate).backward()
-                for name, value in losses.items():
-                    totals[name] = totals.get(name, 0) + value.detach() / args.accumulate
+                meter.add(losses)
 
             # ---- optimizer and teacher ----
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
@@ -1048,7 +1008,6 @@ def main(args):
             optimizer.zero_grad()
             if teacher is not None:
                 loca.update_teacher(teacher, model, teacher_momentum(step, total_steps, args.momentum))
-            meter.add({**totals, "gradient_norm": gradient_norm})
 
             # ---- log, evaluate, save: the only place where the host waits for the device ----
             done = step + 1
@@ -1058,43 +1017,42 @@ def main(args):
             alone = world_size == 1 and stop.signal is not None  # several processes agree at a log line
             if not (evaluate_now or keep_now or alone or done % args.log_every == 0):
                 continue
-            record = meter.read(args.batch)
+            record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
+            record |= {"lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory(device)}
             check_finite(record, done, rank)
             stopping = sum_over_processes([float(stop.signal is not None)], device)[0] > 0
-            record |= {"lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory(device)}
-            remaining = timedelta(
-                seconds=round((total_steps - done) * args.batch / record["images_per_second"])
-            )
-            losses = [f"loss {record['loss']:.3f}"]
-            losses += [f"{name} {record[name]:.3f} (chance {chance:.2f})" for name, chance in chances.items()]
+            seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
+            terms = [
+                f"{name} {record[name]:.3f} (chance {chance:.2f}) | " for name, chance in chances.items()
+            ]
             say(
-                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {' | '.join(losses)} | accuracy "
-                f"{record['position_accuracy']:.1%} | lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | "
-                f"waiting for data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | {remaining} left"
+                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | loss {record['loss']:.3f} | "
+                f"{''.join(terms)}accuracy {record['position_accuracy']:.1%} | lr {record['lr']:.1e} | "
+                f"{record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
+                f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(seconds_left))} left"
             )
-            if evaluate_now and len(val_images) >= world_size and not stopping:
+            if evaluate_now and len(val_images) >= world_size and not (stopping and done < total_steps):
                 part = itertools.islice(val_batches, val_steps(len(val_images), world_size))
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
                     record |= evaluate(model, teacher, part, args, device)
-                best = record["val_position_accuracy"]
+                accuracy = record["val_position_accuracy"]
                 say(
-                    f"epoch {done / steps_per_epoch:.0f} held out: position accuracy {best:.2%} (chance "
-                    f"{1 / model.positions:.2%}), loss {record['val_position_loss']:.3f} | features: spread "
-                    f"{record['feature_std']:.2f} of 1, effective rank {record['effective_rank']:.0f} of {args.dim}"
+                    f"held out: position accuracy {accuracy:.2%} (chance {1 / model.positions:.2%}), loss "
+                    f"{record['val_position_loss']:.3f} | features: spread {record['feature_std']:.2f} of 1, "
+                    f"effective rank {record['effective_rank']:.0f} of {args.dim}"
                 )
                 meter.reset()  # the time of the evaluation is not the steps'
-            for kind, text in warnings_of(
-                record, done, total_steps, chances, args.prototypes if teacher else 0
-            ):
+            used = args.prototypes if teacher else 0
+            for kind, text in warnings_of(record, done, total_steps, chances, used):
                 if kind not in warned:
                     warned.add(kind)
                     say(f"warning: {text}; see the README's questions")
             if rank == 0:
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
                 if keep_now:
-                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, best=best)
+                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, best=accuracy)
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
-                    save_checkpoint(out / "last.pt", args, done, modules, best=best)
+                    save_checkpoint(out / "last.pt", args, done, modules, best=accuracy)
                     encoder = (teacher or model).encoder.state_dict()
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
@@ -1109,8 +1067,8 @@ def main(args):
         with torch.compiler.set_stance("force_eager"):
             picture = draw_predictions(model, teacher, val_images, args, device)
         write_file(out / "predictions.png", lambda file: picture.save(file, "PNG"))
-    if best is not None:
-        say(f"held-out position accuracy {best:.2%}, {best * model.positions:.1f} times chance")
+    if accuracy is not None:
+        say(f"held-out position accuracy {accuracy:.2%}, {accuracy * model.positions:.1f} times chance")
     say(f"{out}: last.pt, encoder.pt (timm's names), predictions.png, metrics.jsonl, settings.json")
     flags = f" --data NAME:DIR --init {out}/last.pt" if args.data else f" --init {out}/last.pt"
     say(f"next: python finetune_seg.py{flags}{' --small' if args.small else ''}")
@@ -1140,45 +1098,37 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help if hidden else f"{action.help} (%(default)s)"
 
 
-def number(kind, low, high=math.inf, include_low=False):
-    """An argparse type: a number of `kind` above `low` (or equal, with include_low) and at most `high`."""
+def number(kind, valid, rule):
+    """An argparse type: a number of `kind` for which `valid` holds, as `rule` says."""
 
     def parse(text):
         value = kind(text)
-        if not (low < value or (include_low and value == low)) or value > high:
-            limits = f"{'at least' if include_low else 'above'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        if not valid(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
-count, count_or_0 = number(int, 0), number(int, 0, include_low=True)
-positive, positive_or_0 = number(float, 0), number(float, 0, include_low=True)
-share, share_or_0 = number(float, 0, 1), number(float, 0, 1, include_low=True)
+count, count_or_0 = number(int, lambda n: n > 0, "positive"), number(int, lambda n: n >= 0, "0 or more")
+positive = number(float, lambda x: 0 < x < math.inf, "positive")
+positive_or_0 = number(float, lambda x: 0 <= x < math.inf, "0 or more")
+share = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+share_or_0 = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def add_run_flags(parser):
     """The flags that both scripts have."""
+    # fmt: off
     g = parser.add_argument_group("run")
     g.add_argument("--device", help="cuda, mps or cpu; default: the first one available")
     g.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
-    g.add_argument(
-        "--workers",
-        type=count_or_0,
-        help="loader processes per device; default: its share of the cores, at most 12",
-    )
-    g.add_argument(
-        "--log-every",
-        type=count,
-        default=20,
-        help="steps between log lines; several processes stop only there",
-    )
+    g.add_argument("--workers", type=count_or_0, help="loader processes per device; default: its share of the cores, at most 12")
+    g.add_argument("--log-every", type=count, default=20, help="steps between log lines; several processes stop only there")
     g.add_argument("--save-minutes", type=positive_or_0, default=10.0, help="minutes between checkpoints")
     g.add_argument("--seed", type=count_or_0, default=0, help="seed of everything random")
+    # fmt: on
     return g
 
 
@@ -1203,8 +1153,8 @@ def make_parser():
     g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="share of the image that a focal query covers")
     g.add_argument("--blur", **yes_no, help="blur as the paper intends it; the released code never blurs")
     g = parser.add_argument_group("method")
-    g.add_argument("--init", metavar="FILE", help="weights to start from: published (flax), of an earlier run, or any ViT of the same width and depth")
-    g.add_argument("--model", default="B/16", choices=list(loca.SIZES), help="size; the next five flags change parts of it")
+    g.add_argument("--init", metavar="FILE", help="weights to start from: published (flax), of an earlier run, or of any ViT")
+    g.add_argument("--model", choices=list(loca.SIZES), help="size; default: that of --init, else B/16; the next five flags change parts of it")
     g.add_argument("--patch-size", type=count, help="side of a patch, pixels; smaller for small images")
     g.add_argument("--dim", type=count, help="width")
     g.add_argument("--depth", type=count, help="number of blocks")
@@ -1242,13 +1192,18 @@ def make_parser():
     return parser
 
 
+def flag(name):
+    """The command-line flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_batch(args, parser):
-    """End with an error unless the batch can be divided among the processes and micro-batches."""
+    """Check that the batch can be divided among processes and micro-batches; settle the number of workers."""
     shares = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
     if args.batch % shares:
         nearest = max(1, round(args.batch / shares)) * shares
         parser.error(
-            f"--batch {args.batch} is not a multiple of processes x --accumulate, {shares}: try {nearest}"
+            f"--batch {args.batch} is not a multiple of {shares} processes x --accumulate: try {nearest}"
         )
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1256,31 +1211,36 @@ def check_batch(args, parser):
 
 
 def parse_args(arguments=None):
-    """The command line -> settings, checked before any data is read. Any value of a preset can be overridden."""
+    """The command line -> settings, checked before any data is read. Any preset value can be overridden."""
     parser = make_parser()
+    parser.set_defaults(epochs=None)
     given = parser.parse_args(arguments)
-    parser.set_defaults(**(SMALL_PRESET if given.small else SCENES_PRESET if given.data is None else {}))
-    parser.set_defaults(**{k: v for k, v in loca.SIZES[given.model].items() if parser.get_default(k) is None})
+    preset = SMALL_PRESET if given.small else SCENES_PRESET if given.data is None else {}
+    preset = {"epochs": 100, **loca.SIZES["B/16"], **preset}
+    if given.init:  # its sizes, unless others are given
+        try:
+            sizes = loca.load_weights(given.init).sizes
+        except (OSError, ValueError, ImportError) as error:
+            parser.error(f"--init {given.init}: {error}")
+        preset |= {key: sizes[key] for key in loca.SIZES["B/16"]}
+    parser.set_defaults(**{**preset, **loca.SIZES.get(given.model, {})})
+    if given.epochs:  # it overrides the steps of a preset
+        parser.set_defaults(steps=None)
     args = parser.parse_args(arguments)
-    if args.epochs != parser.get_default("epochs"):  # --epochs was given: it overrides the steps of a preset
-        args.steps = given.steps
     check_batch(args, parser)
     for name in ("image_size", "focal_size"):
         size, patch = getattr(args, name), args.patch_size
         if size % patch:
-            flag, nearest = f"--{name.replace('_', '-')}", max(1, round(size / patch)) * patch
-            parser.error(f"{flag} {size} is not a multiple of the patch size {patch}: try {nearest}")
+            nearest = max(1, round(size / patch)) * patch
+            parser.error(f"{flag(name)} {size} is not a multiple of the patch size {patch}: try {nearest}")
     for name in ("large_area", "focal_area"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
-            parser.error(f"--{name.replace('_', '-')}: the first share must not exceed the second")
-    if not args.position_weight and (args.single_image or not args.feature_weight):
-        parser.error(
-            "--position-weight 0 with --feature-weight 0 or --single-image leaves nothing to learn from"
-        )
-    if args.feature_weight and not args.prototypes:
-        parser.error(
-            "--prototypes 0: the feature loss needs prototypes; use --feature-weight 0 to leave it out"
-        )
+            parser.error(f"{flag(name)}: the first share must not exceed the second")
+    one_loss = args.single_image or not args.feature_weight
+    if not args.position_weight and one_loss:
+        parser.error("--position-weight 0 and no feature loss: nothing is left to learn from")
+    if not args.prototypes and not one_loss:
+        parser.error("--prototypes 0: the feature loss needs some; --feature-weight 0 leaves it out")
     try:
         with torch.device("meta"):
             build_model(args)

@@ -288,6 +288,8 @@ def find_pairs(name, folder, split):
     if pairs is None:
         looked = "; ".join(f"{layout[0]} with {layout[1]}" for layout in DATASETS[name].layouts)
         fail(f"--data {name}:{folder}: no {split} images with masks; looked for {looked}")
+    if not has_parts and split == "test":
+        fail(f"--data {name}:{folder}: it has no test part")
     if not has_parts:
         train.warn_once(f"--data {name}:{folder}: no validation part, so every fifth image is held out")
         pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
@@ -1346,6 +1348,8 @@ def parse_args(arguments=None):
             parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
     else:
         args.content, args.workers = content, args.workers if given.workers is not None else 2
+    if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
+        parser.error(f"--split test: {name} has no test part with masks")
     if args.split != "val" and not args.eval_only:
         parser.error(f"--split {args.split}: training is judged on val; add --eval-only")
     if args.predict and not os.path.exists(args.predict):

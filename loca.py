@@ -181,6 +181,7 @@ class ViT(nn.Module):
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)
+        # The rate rises linearly with depth: early blocks matter to all that follow.
         keep = torch.linspace(1, 1 - self.drop_path, depth, device=device).view(-1, 1, 1, 1, 1)
         return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
 
@@ -193,6 +194,7 @@ class ViT(nn.Module):
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             size = tuple(images.shape[-2:])
             raise ValueError(f"the patch size {self.patch_size} does not divide the image size {size}")
+        # Patches become tokens; a random query keeps only some of them, each with the position of its place.
         x = self.patch_embed(images)  # B,D,rows,columns
         grid = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # B,N,D
@@ -203,6 +205,7 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             token = self.cls_token + self.pos_embed[:, :1] if position else self.cls_token
             x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)  # B,1+K,D
+
         scale = self.draw_branch_scale(len(x), x.device)
         for i, block in enumerate(self.blocks):
             arguments = (x, attend, None if scale is None else scale[i])
@@ -293,6 +296,7 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
         (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)
     )  # a patch's center, in the view
 
+    # Rows and columns are independent: each axis is sampled alone, and the two are combined at the end.
     def along(axis):  # 0: rows, 1: columns -> index in the reference grid or -1, [..., grid]
         begin, size = query_box[..., axis, None], query_box[..., axis + 2, None]
         reference_begin, reference_size = reference_box[..., axis, None], reference_box[..., axis + 2, None]
@@ -309,7 +313,7 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
 
 # ------------------------------------------------------------------------------------------------ masking
 
-MASKING = {  # which `count` of `total` tokens stay visible: indices [count], drawn on the device without a wait
+MASKING = {  # which `count` of `total` tokens stay visible, as indices [count]; the host never waits for the device
     "consecutive": lambda total, count, device: (
         torch.randint(total - count + 1, (1,), device=device) + torch.arange(count, device=device)
     ),  # a random run in raster order
@@ -353,6 +357,7 @@ def sum_over_devices(x):
 def position_loss(logits, targets):
     """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and
     accuracy, both 0 for a batch without any target."""
+    # Losses are computed in float32 whatever the precision of the network.
     logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT
     count = (targets >= 0).sum() + 1e-8
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
@@ -384,6 +389,8 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     """
     scores = (features / temperature) @ prototypes.T  # B,T,P
     log_p = scores.log_softmax(-1, dtype=torch.float32)
+
+    # Only patches with a counterpart have a target; the others gather position 0 and count 0.
     matched = targets >= 0  # B,T
     assigned = gather_tokens(assignments, targets.clamp(min=0))  # B,T,P
     cross_entropy = -((assigned * log_p).sum(-1) * matched).sum() / (matched.sum() + 1e-8)
@@ -454,13 +461,18 @@ class LOCA(nn.Module):
         part cross_entropy (ln P at chance), position_accuracy (0..1), and two figures that reveal a collapse:
         prototype_perplexity (1..P) and target_entropy (0..ln P, over every fifth reference position).
         """
+        # The reference becomes the context that the queries may look at, eta of it hidden.
         context, tokens = self.encode_reference(views, teacher, visible)
         if self.single_image:
             queries = tokens
             targets = torch.arange(self.positions, device=tokens.device).expand(len(tokens), -1)  # B,N
         else:
             queries, targets = self.encode_queries(views, keep, position=teacher is not None)
+
+        # Where in the reference does each query patch lie?
         position, accuracy = position_loss(self.predictor(queries, context), targets)
+
+        # Which cluster does the teacher assign to its counterpart?
         feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
         if teacher is not None:
             assignments = self.assign_clusters(tokens, teacher)
@@ -489,14 +501,14 @@ class LOCA(nn.Module):
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
             visible = choose_tokens(self.positions, self.visible_tokens, kind, reference.device)
-        if self.single_image:
+        if self.single_image:  # no position embedding: it would tell the answer
             tokens = self.encoder(reference, position=False, attend=visible)  # B,N,D
         elif (
             teacher is None
         ):  # position loss alone: through the student, hidden tokens dropped before the encoder
             return self.encoder(reference, keep=visible), None
         else:
-            with torch.no_grad():
+            with torch.no_grad():  # the teacher learns only by averaging, see update_teacher
                 tokens = teacher.encoder(reference)  # B,N,D
         return gather_tokens(tokens, visible), tokens
 
@@ -516,6 +528,7 @@ class LOCA(nn.Module):
         )
         if focal.shape[1] == 0:
             return tokens, targets
+        # Focal queries are small, so all of their tokens are encoded, as one batch of B times F images.
         focal_tokens = self.encoder(focal.flatten(0, 1), position=position)  # BF,n,D
         focal_tokens = focal_tokens.unflatten(0, focal.shape[:2]).flatten(1, 2)  # B,Fn,D
         tokens = torch.cat([tokens, focal_tokens], dim=1)  # B,T,D
@@ -541,6 +554,7 @@ def make_teacher(model):
 @torch.no_grad()
 def update_teacher(teacher, model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * model, in place."""
+    # Both lists have the same order, as the teacher began as a copy; one fused call updates all tensors.
     student = [p for part in (model.encoder, model.head) for p in part.parameters()]
     torch._foreach_lerp_(list(teacher.parameters()), student, 1 - momentum)
 
@@ -656,6 +670,7 @@ def load_encoder(encoder, state):
         patches = torch.cat([state["pos_embed"][:, :1], patches], 1) if keeps_token else patches
         state = {key: value for key, value in state.items() if keeps_token or key != "cls_token"}
     state["pos_embed"] = patches
+    # What belongs to a ViT must fit; heads and decoders of other projects are left out.
     vit_parts = r"(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
     unused = [
         key for key in state if key not in own and not re.match(vit_parts, key)
@@ -684,6 +699,7 @@ def published_to_state_dict(flat):
             value = value.flatten()
         state[_rename(name, PUBLISHED_NAMES)] = value.contiguous()
     state = _merge_qkv(state)
+    # A LOCA without memory, for its names: every one must be there, and no other.
     with torch.device("meta"):
         encoder = ViT(**_vit_sizes(state, [], heads=1))
         own = LOCA(encoder, prototypes=int("head.fc1.weight" in state)).state_dict()
@@ -703,8 +719,8 @@ def read_torch_file(path):
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         if unsafe:
             raise ValueError(
-                f"it holds an object of class {unsafe[1]}, which could run code when loaded; save the state dict alone "
-                "where the file was made: torch.save(model.state_dict(), FILE)"
+                f"it holds an object of class {unsafe[1]}, which could run code when loaded; save the state dict "
+                "alone where the file was made: torch.save(model.state_dict(), FILE)"
             ) from error
         raise ValueError(f"it is damaged, or torch.save did not write it ({type(error).__name__})") from error
 
@@ -780,8 +796,8 @@ def _vit_sizes(state, notes, heads=None, image_size=None):
         notes.append(f"heads assumed: {heads}; set --heads if the model has another number")
     if image_size is None and side**2 != tokens:
         raise ValueError(
-            f"its position embedding has {tokens} patch tokens, not a square number; a rectangle, or a ViT with "
-            "register or distillation tokens, cannot be read from such a file"
+            f"its position embedding has {tokens} patch tokens, not a square number; a rectangle, or a ViT "
+            "with register or distillation tokens, cannot be read from such a file"
         )
     image_size = image_size or side * patch_size
     return {
@@ -801,6 +817,8 @@ def _find_vit(tree, branch):
     prefixes = [key[: match.start()] for key in flat if (match := PATCH_WEIGHT.search(key))]
     if not prefixes:
         raise ValueError("there is no ViT in it: no entry is named patch_embed.proj.weight")
+    # A file may hold several ViTs, as teacher and student; of the wanted kind the one with the plainest name
+    # is taken.
     wanted = [prefix for prefix in prefixes if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or prefixes, key=len)
     if prefix:
@@ -812,7 +830,8 @@ def _find_vit(tree, branch):
         state = {_rename(name, HUGGING_FACE_NAMES): value for name, value in state.items()}
     state = _merge_qkv({f"encoder.{name}": value for name, value in state.items()})
 
-    settings = tree.get("settings", {})  # this project's checkpoints carry them
+    # This project's checkpoints carry their settings, which tell what tensors do not.
+    settings = tree.get("settings", {})
     heads, image_size = settings.get("heads"), settings.get("crop") or settings.get("image_size")
     if heads is None and "_encoder." in prefix and len(state["encoder.patch_embed.proj.weight"]) == 384:
         heads = 12  # MoCo v3's ViT-S

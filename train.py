@@ -211,8 +211,8 @@ def draw_scene(seed, width=240, height=192):
     image, labels = (np.asarray(picture) for picture in pictures)
     noise = np.zeros((height, width), np.int32)
     for cell in (1, 4, 12):  # texture of three sizes
-        coarse = r.randint(-64, 64, (height // cell, width // cell)).astype(np.int32)
-        noise += coarse.repeat(cell, 0).repeat(cell, 1)
+        coarse = r.randint(-64, 64, (-(-height // cell), -(-width // cell))).astype(np.int32)
+        noise += coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width]
     image = image + (noise * np.array(GRAIN, np.int32)[labels] >> 6)[..., None]
     return (image * r.randint(90, 150) >> 7).clip(0, 255).astype(np.uint8), labels
 
@@ -589,8 +589,8 @@ def init_distributed(name=None):
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         fail(
-            "srun starts copies that do not know of each other; start one task per node with torchrun in it: srun "
-            "--ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS --rdzv-backend=c10d "
+            "srun starts copies that do not know of each other; start one task per node with torchrun in it: "
+            "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS --rdzv-backend=c10d "
             f"--rdzv-endpoint=FIRST_NODE:29500 {Path(sys.argv[0]).name} ..."
         )
     if name is None:
@@ -686,8 +686,7 @@ class Meter:
         self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
     def read(self, images):
-        """Means over micro-batches of `images` images and all processes, images per second, share of waiting.
-        """
+        """Means over micro-batches of `images` images and all processes, images per second, share of waiting."""
         means = sum_over_processes(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * images / seconds, self.waited / seconds
@@ -702,8 +701,8 @@ def check_finite(record, done, rank):
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = (
-            f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last checkpoint is "
-            "untouched: run the same command with a smaller --lr or with --precision float32"
+            f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last checkpoint "
+            "is untouched: run the same command with a smaller --lr or with --precision float32"
         )
         sys.exit(f"error: {text}" if rank == 0 else 1)
 
@@ -773,9 +772,9 @@ def save_checkpoint(path, args, step, modules, **more):
 
 # Settings that a resumed run may change. What they must share is checked by load_checkpoint.
 MAY_CHANGE = {
-    "data", "folder", "val", "out", "init", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes",
-    "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr", "warmup_epochs", "clip", "evaluations",
-    "window_batch", "multi_scale",
+    "data", "folder", "val", "out", "init", "workers", "device", "precision", "compile", "grad_checkpoint",
+    "log_every", "save_minutes", "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr",
+    "warmup_epochs", "clip", "evaluations", "window_batch", "multi_scale",
 }  # fmt: skip
 
 
@@ -806,7 +805,7 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
     step = float(saved["step"]) if saved else 0.0
     if sum_over_processes([step], device)[0] != step * world_size:
         fail(
-            f"--out {path.parent}: not all processes see the same checkpoint; use a folder that machines share"
+            f"--out {path.parent}: not all processes see the same checkpoint; machines must share this folder"
         )
     return saved
 
@@ -814,36 +813,33 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
 # ---------------------------------------------------------------------------------- held-out figures and picture
 
 
-def val_keys(images, rank, world_size):
-    """Yield, over and over, the keys of this process's held-out batches of at most 32 images; how many make a
-    pass is in val_steps. An epoch number of its own keeps these views apart from those of training."""
-    steps = val_steps(images, world_size)
-    size = images // (steps * world_size)
-    for i in itertools.cycle(range(rank * steps, (rank + 1) * steps)):
-        yield [(2**31, i * size + k) for k in range(size)]
-
-
-def val_steps(images, world_size):
-    """Held-out batches of each process in one pass."""
-    return math.ceil(images / 32 / world_size)
+def held_out_batches(images, args, device, indices):
+    """Yield batches of at most 32 held-out images on the device, with the same views and masks at each
+    evaluation. An epoch number of its own keeps these views apart from those of training."""
+    dataset = Views(images, args)
+    for start in range(0, len(indices), 32):
+        seed_all(args.seed, start)
+        batch = default_collate([dataset[2**31, i] for i in indices[start : start + 32]])
+        yield batch, to_views(to_device(batch, device), args, random_colors=False)
 
 
 @torch.no_grad()
-def evaluate(model, teacher, batches, args, device):
-    """Held-out position accuracy and loss, and how spread out the features are -> dict of floats. Views and
-    masks are the same each time; stochastic depth is off."""
+def evaluate(model, teacher, images, args, rank, world_size, device):
+    """Held-out position accuracy and loss, and how spread out the features are -> dict of floats. Each
+    process takes as many images; stochastic depth is off."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     names = ("position_accuracy", "position_loss", "prototype_perplexity", "target_entropy")
     sums, tokens = 0.0, []
-    for number, batch in enumerate(batches):
-        seed_all(args.seed, number)
-        views = to_views(to_device(batch, device), args, random_colors=False)
+    for _, views in held_out_batches(
+        images, args, device, range(len(images))[rank::world_size][: len(images) // world_size]
+    ):
         with autocast(args.precision, device):
             losses = model(views, teacher)
             tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
-        sums = sums + torch.stack([losses[name].float() for name in names])
+        sums = sums + len(views["focal"]) * torch.stack([losses[name].float() for name in names])
     both.train()
-    means = sum_over_processes(sums / (len(tokens) * loca.devices()), device)
+    count = len(images) // world_size * world_size
+    means = sum_over_processes(sums / count, device)
     return {f"val_{name}": mean for name, mean in zip(names, means)} | feature_spread(torch.cat(tokens))
 
 
@@ -873,48 +869,45 @@ def warnings_of(record, done, total_steps, chances, prototypes):
 
 
 @torch.no_grad()
-def draw_predictions(model, teacher, images, args, device, count=5, side=160):
-    """A picture of where the model places the patches of held-out queries. A row per image: the reference
-    with a color for every position, then for the random and one focal query the crop and its patches in the
-    colors of their true and predicted positions; gray lies outside the reference."""
+def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
+    """A picture of where the model places the patches of held-out queries. A row per image: the reference,
+    the colors of its positions, the random query, and its patches in the colors of their true and predicted
+    positions."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    dataset, positions = Views(images, args), torch.arange(model.positions)
-    batch = default_collate([dataset[2**31, i] for i in range(min(count, len(images)))])
-    seed_all(args.seed)
-    views = to_views(to_device(batch, device), args, random_colors=False)
+    everything = torch.arange(model.positions, device=device)
+    batch, views = next(held_out_batches(images, args, device, range(min(rows, len(images)))))
     context, _ = model.encode_reference(views, teacher)
-    queries, targets = model.encode_queries(views, positions.to(device), position=teacher is not None)
-    predicted, targets = (
-        model.predictor(queries, context).argmax(-1).cpu(),
-        targets.cpu(),
-    )  # B,T with all tokens
+    queries, targets = model.encode_queries(
+        {**views, "focal": views["focal"][:, :0]}, everything, teacher is not None
+    )
+    predicted = torch.where(targets < 0, -1, model.predictor(queries, context).argmax(-1)).cpu()
     both.train()
 
-    grid, patches = math.isqrt(model.positions), args.focal_size // args.patch_size
+    # Nearby positions have similar colors; the last color, -1, is gray: outside the reference.
+    grid = math.isqrt(model.positions)
     corners = torch.tensor(
         [[[255.0, 255], [60, 40]], [[60, 225], [40, 225]], [[40, 60], [200, 160]]]
     )  # of RGB
     palette = F.interpolate(corners[None], (grid, grid), mode="bilinear", align_corners=True)[0].flatten(1).T
-    palette = torch.cat([palette, torch.full((1, 3), 110.0)])  # N+1,3: the last one, -1, is gray
+    palette = torch.cat([palette, torch.full((1, 3), 110.0)])  # N+1,3
 
-    def cell(view, where=None):  # a crop [3, s, s], under its patches in the colors of positions [n]
-        view = F.interpolate(view[None].float(), (side, side))[0]
+    def cells(view, where=None):  # views [B, 3, s, s], under their patches in the colors of positions [B, N]
+        view = F.interpolate(view.float(), (side, side))
         if where is not None:
-            colors = palette[where].T.unflatten(1, (math.isqrt(len(where)), -1))  # 3,rows,columns
-            view = 0.3 * view + 0.7 * F.interpolate(colors[None], (side, side))[0]
-        return F.pad(view, (0, 6, 0, 6), value=255.0)
+            colors = palette[where].transpose(1, 2).unflatten(2, (grid, grid))  # B,3,rows,columns
+            view = 0.3 * view + 0.7 * F.interpolate(colors, (side, side))
+        return F.pad(view, (0, 6, 0, 6), value=255.0).permute(0, 2, 3, 1).flatten(0, 1)  # B(side+6),side+6,3
 
-    rows = []
-    for i in range(len(predicted)):
-        cells = [cell(batch["reference"][i]), cell(batch["reference"][i], positions)]
-        parts = zip(*(x[i].split([len(positions), *[patches**2] * args.focal]) for x in (targets, predicted)))
-        for view, (true, guess) in zip([batch["query"][i], *batch["focal"][i, :1]], parts):
-            cells += [cell(view), cell(view, true), cell(view, torch.where(true < 0, true, guess))]
-        rows.append(torch.cat(cells, dim=2))
-    sheet = F.pad(torch.cat(rows, dim=1), (0, 0, 24, 0), value=255.0)  # room for the titles
-    picture = Image.fromarray(sheet.permute(1, 2, 0).byte().numpy())
-    for column, title in enumerate(("reference", "its positions", *("query", "true", "predicted") * 2)):
-        place, font = (column * (side + 6) + 4, 3), ImageFont.load_default(14)
+    reference, query = batch["reference"], batch["query"]
+    everywhere = everything.cpu().expand(len(reference), -1)  # B,N
+    columns = [cells(reference), cells(reference, everywhere)]
+    columns += [cells(query), cells(query, targets.cpu()), cells(query, predicted)]
+    sheet = F.pad(torch.cat(columns, dim=1), (0, 0, 0, 0, 24, 0), value=255.0)  # with room for the titles
+    picture = Image.fromarray(sheet.byte().numpy())
+    for k, title in enumerate(
+        ("reference", "its positions", "query", "true positions", "predicted positions")
+    ):
+        place, font = (k * (side + 6) + 4, 3), ImageFont.load_default(14)
         ImageDraw.Draw(picture).text(place, title, fill="black", font=font)
     return picture
 
@@ -970,8 +963,8 @@ def main(args):
     size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch} = {per_device} images per device x "
-        f"{world_size} x {args.accumulate} accumulated\n{len(train_images)} images, {steps_per_epoch} steps per epoch, "
-        f"{len(val_images)} held out; encoder of {size:.1f} M parameters; {total_steps} steps; run folder {out}"
+        f"{world_size} x {args.accumulate} accumulated\n{len(train_images)} images, {steps_per_epoch} steps per "
+        f"epoch, {len(val_images)} held out; encoder of {size:.1f} M parameters; {total_steps} steps; in {out}"
     )
     if args.data and len(train_images) < 20000 and not (args.small or args.init):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
@@ -983,9 +976,7 @@ def main(args):
         len(train_images), args.batch, args.seed, start_step, total_steps, *place, args.accumulate
     )
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
-    keys, workers = val_keys(len(val_images), *place), min(args.workers, 2)
-    val_batches = read_batches(Views(val_images, args), workers, device, batch_sampler=keys)
-    with contextlib.closing(batches), contextlib.closing(val_batches), catch_signals() as stop:
+    with contextlib.closing(batches), catch_signals() as stop:
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, warmup_steps, peak_lr)
@@ -1032,9 +1023,8 @@ def main(args):
                 f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(seconds_left))} left"
             )
             if evaluate_now and len(val_images) >= world_size and not (stopping and done < total_steps):
-                part = itertools.islice(val_batches, val_steps(len(val_images), world_size))
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
-                    record |= evaluate(model, teacher, part, args, device)
+                    record |= evaluate(model, teacher, val_images, args, *place, device)
                 accuracy = record["val_position_accuracy"]
                 say(
                     f"held out: position accuracy {accuracy:.2%} (chance {1 / model.positions:.2%}), loss "

@@ -336,6 +336,7 @@ class Labeled:
 
     def __init__(self, data, pairs, classes):
         self.data, self.pairs = data, pairs
+        # Lookup tables turn whole masks into labels at once.
         self.of_value = np.full(2**16, ILLEGAL, np.uint8)
         values = data.values or {k: k for k in range(classes)}
         for value, label in {IGNORED: IGNORED, **values}.items():
@@ -372,6 +373,8 @@ class Labeled:
             raise ValueError(f"it is of mode {mask.mode}, but masks of this data set hold {expected}")
         else:  # negative and too large values take the last entry, which is illegal
             labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
+        # A few stray colors, as compression or a slip of the brush leaves them, are ignored; many are an
+        # error.
         wrong = labels == ILLEGAL
         if wrong.mean() > self.data.stray:
             value = raw[wrong][0].tolist()
@@ -425,6 +428,7 @@ class DrawnScenes(Labeled):
 def check_masks(parts, rank, world_size, device):
     """Read all masks once, shared by the processes -> pixels by label [256], stray pixels, cropped masks,
     mean short side of the images. Ends with an error that names masks that are wrong."""
+    # Every process reads a share of the masks with several threads; the sums make all of them agree.
     jobs = [(part, i) for part in parts for i in range(len(part))][rank::world_size]
 
     def check(job):
@@ -508,7 +512,8 @@ def choose_subset(images, fraction, seed):
 
 
 def scaled_size(height, width, short):
-    """(height, width) of the same aspect with the short side `short`, the long side at most 4 times as long."""
+    """(height, width) of the same aspect with the short side `short`, the long side at most 4 times as long.
+    """
     scale = min(short / min(height, width), 4 * short / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -539,6 +544,7 @@ def distort(image, rng):
 
     if chance():
         image = (image + rng.uniform(-32, 32)).clip(0, 255).astype(np.uint8)
+    # A fair coin decides whether contrast comes before or after the changes in HSV.
     late, contrast = chance(), rng.uniform(0.5, 1.5) if chance() else 1.0
     saturation = rng.uniform(0.5, 1.5) if chance() else 1.0
     degrees = 2 * int(rng.integers(-18, 18)) if chance() else 0
@@ -558,6 +564,7 @@ def augment(image, labels, crop, base_size, rng):
     The crop is cut before it is scaled, so the cost does not depend on the size of the image. base_size 0:
     the image's own size.
     """
+    # The crop is chosen in pixels of the image, of the size that scaling turns into the wanted one.
     base = base_size or min(labels.shape)
     size = scaled_size(*labels.shape, base * rng.uniform(0.5, 2.0))
     scale = [new / old for new, old in zip(size, labels.shape)]
@@ -648,7 +655,8 @@ class TimmEncoder(nn.Module):
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
         self.model = timm.create_model(name, num_classes=0, **sizes, **weights)
         self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.patch_size[0]
-        config = self.model.pretrained_cfg  # models differ in how they normalize pixels
+        # Models differ in how they normalize pixels: turn this project's normalization into theirs.
+        config = self.model.pretrained_cfg
         own = [
             torch.tensor(config.get(key, d))[:, None, None]
             for key, d in (("mean", train.MEAN), ("std", train.STD))
@@ -798,7 +806,7 @@ def sliding_window(model, image, window, stride, batch):
     for start in range(0, len(corners), batch):
         part = corners[start : start + batch]
         logits = model(torch.stack([image[:, y : y + window[0], x : x + window[1]] for y, x in part])).float()
-        if start == 0:
+        if start == 0:  # now the number of classes is known
             total = logits.new_zeros(logits.shape[1], *image.shape[-2:])  # C,H,W
         for (y, x), values in zip(part, logits):
             total[:, y : y + window[0], x : x + window[1]] += values
@@ -813,6 +821,7 @@ def class_probabilities(model, image, args, size=None):
     scales, flips = (SCALES, (False, True)) if args.multi_scale else ((1.0,), (False,))
     for scale in scales:
         short = (args.base_size or min(image.shape[-2:])) * scale
+        # Windows slide over the scaled image; their logits return to the original size before the softmax.
         scaled = scaled_size(*image.shape[-2:], short)
         resized = F.interpolate(pixels[None], scaled, mode="bilinear", antialias=True)[0]
         for flip in flips:
@@ -828,6 +837,7 @@ def segment(model, image, args, classes):
     """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not
     fit into memory is predicted at a smaller size."""
     size = image.shape[-2:]
+    # Memory grows with classes times pixels.
     fraction = LARGEST / (classes * math.prod(size))
     small = size if fraction >= 1 else scaled_size(*size, math.sqrt(fraction) * min(size))
     labels = class_probabilities(model, image, args, small).argmax(0).to(torch.uint8).cpu()
@@ -837,6 +847,7 @@ def segment(model, image, args, classes):
 def confusion(truth, predicted, classes):
     """Pixels by true class (rows) and predicted class (columns), long [C, C]; truth 255 is left out."""
     counted = truth != IGNORED
+    # Each pair of true and predicted class has a number of its own, and a histogram counts the pairs.
     index = truth[counted].long() * classes + predicted[counted].long()
     return torch.bincount(index, minlength=classes**2).view(classes, classes)
 
@@ -858,6 +869,7 @@ def scores(matrix):
 def average_precision(confidence, present):
     """Mean of the precisions at each positive: confidence float [n], present bool [n] -> 0..1. Equal
     confidences count together."""
+    # Precision at a rank is the share of positives among all that are at least as confident.
     order = np.argsort(-confidence, kind="stable")
     confidence, present = confidence[order], present[order]
     last = np.searchsorted(-confidence, -confidence, side="right")  # rank of the last of equals, from 1
@@ -885,6 +897,7 @@ def evaluate(model, source, args, classes, rank, world_size, device):
         confidence[i] = probabilities.amax((1, 2))
         present[i] = torch.bincount(truth.flatten().long(), minlength=256)[:classes] > 0
         matrices[0] += confusion(truth, probabilities.argmax(0), classes)
+        # Localization alone: the classes in the image are given, and each pixel chooses among them.
         allowed = probabilities.masked_fill(present[i][:, None, None] == 0, -1.0)
         matrices[1] += confusion(truth, allowed.argmax(0), classes)
     model.train()
@@ -964,6 +977,7 @@ def legend(labels, classes, palette, height):
     """A column, `height` or more high: color and name of every class in `labels`, the most frequent first."""
     counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(classes)]
     shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
+    # One row per class, as wide as the longest name.
     font, row = ImageFont.load_default(13), 20
     width = 40 + max((int(font.getlength(classes[k])) for k in shown), default=0)
     column = Image.new("RGB", (width, max(height, row * len(shown) + 8)), "white")
@@ -1026,6 +1040,7 @@ def evaluate_only(args, content):
     say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     settle_windows(args)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
+    # The classes and colors are those of the checkpoint, the images those of --data.
     (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, say, classes)
     model = load_segmenter(args, content, device)
     result = evaluate(model, source, args, len(classes), rank, world_size, device)
@@ -1057,6 +1072,7 @@ def predict(args, content):
     root = source if source.is_dir() else source.parent
     if source.is_dir():
         files = [source / os.fsdecode(name) for name in train.find_images(source, "--predict")]
+    # Photos of the same name in two formats keep their extension in the names of the results.
     stems, failed = Counter(path.relative_to(root).with_suffix("") for path in files), 0
     for path in files[rank::world_size]:
         try:
@@ -1096,6 +1112,7 @@ def main(args):
     weights = choose_encoder(args, say)
     settle_windows(args)
     (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device, say)
+    # --fraction keeps a part of the training images; its identity goes into the settings for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
     names = "/".join(str(Path(str(image)).name) for image, *_ in images.pairs) if args.folder else "scenes"
@@ -1106,6 +1123,7 @@ def main(args):
 
     # ---- model and optimizer ----
     train.seed_all(args.seed)
+    # A resumed run takes its weights from the checkpoint, whatever --init says.
     try:
         source = {"timm": {"pretrained": True}, "none": {}}.get(args.init, {"checkpoint_path": args.init})
         model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else source))

@@ -303,6 +303,7 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         args, rng = self.args, np.random.default_rng((self.args.seed, *key))
+        # One decode serves all views, as decoding takes longer than cropping.
         image, wrong = read_or_next(self.source, key[1], self.source.image)
         areas = [args.large_area] * 2 + [args.focal_area] * args.focal
         boxes = [random_box(*image.shape[1:], area, rng) for area in areas]
@@ -409,6 +410,7 @@ def draw_jitter(count, device):
     matrix = torch.stack(matrices, dim=1)  # V,4,3,3
     shift = torch.stack([uniform(-0.4, 0.4), zero, zero, zero], dim=1)  # V,4
     of_mean = torch.stack([zero, 1 - contrast, zero, zero], dim=1)  # V,4
+    # Each view sorts its four operations by random numbers, and keeps the identity with probability 0.2.
     order = torch.rand(count, 4, device=device).argsort(1)
     matrix, shift, of_mean = (loca.gather_tokens(x, order) for x in (matrix, shift, of_mean))
     jittered = torch.rand(count, 1, device=device) < 0.8
@@ -454,6 +456,7 @@ def augment(views, solarize=0.0, blur_probability=0.0):
     kernels = draw_blur(count, side, blur_probability, device)
     solarized = torch.rand(count, 1, 1, device=device) < solarize
 
+    # Pixels are flattened: every operation is a 3x3 matrix product over the colors of all pixels of a view.
     x = views.flatten(2) / 255  # V,3,ss
     for k in range(4):
         bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
@@ -478,6 +481,7 @@ def to_views(batch, args, random_colors=True):
             focal = augment(focal.flatten(0, 1), blur_probability=blurred["focal"]).view_as(focal)
     else:
         reference, query, focal = normalize(reference), normalize(query), normalize(focal)
+    # The boxes of the crops tell where every query patch lies in the reference: the position loss's targets.
     boxes, flips, large, small = batch["boxes"], batch["flips"], args.image_size, args.focal_size
     grid, focal_grid = large // args.patch_size, small // args.patch_size
     targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)  # B,N
@@ -686,7 +690,8 @@ class Meter:
         self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
     def read(self, images):
-        """Means over micro-batches of `images` images and all processes, images per second, share of waiting."""
+        """Means over micro-batches of `images` images and all processes, images per second, share of waiting.
+        """
         means = sum_over_processes(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * images / seconds, self.waited / seconds
@@ -784,6 +789,7 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
     have changed."""
     saved = None
     if path.exists():
+        # Compare the settings: some may change, others would make it another run.
         try:
             saved = loca.read_torch_file(path)
             old, new = saved["settings"], vars(args)
@@ -848,6 +854,7 @@ def feature_spread(tokens):
     all are the same), and effective_rank, 1..D: exp of the entropy of the normalized singular values (Roy and
     Vetterli 2007)."""
     unit = F.normalize(tokens, dim=-1)
+    # The singular values of a tall matrix are the roots of those of its small D x D product with itself.
     centered = (tokens - tokens.mean(0)).cpu()
     values = torch.linalg.svdvals(centered.T @ centered).sqrt()
     entropy = torch.special.entr(values / values.sum().clamp_min(1e-12)).sum()
@@ -857,6 +864,7 @@ def feature_spread(tokens):
 def warnings_of(record, done, total_steps, chances, prototypes):
     """Yield (kind, text) for figures that show that a run does not learn; `chances`: chance level of a loss
     by name."""
+    # A run needs some steps before its figures mean anything.
     if done > max(200, total_steps // 4):
         for name, chance in chances.items():
             if record.get(name, 0) > 0.99 * chance:
@@ -928,6 +936,7 @@ def main(args):
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
         fail(f"{len(train_images)} training images make no batch: use --batch {len(train_images)} or less")
+    # The rate grows in proportion to the batch, from the published 0.001 at 1024.
     total_steps = args.steps or args.epochs * steps_per_epoch
     warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps // 2)
     peak_lr = args.lr * args.batch / 1024
@@ -954,6 +963,7 @@ def main(args):
         net = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
 
     # ---- log ----
+    # Chance levels stand beside the losses, so that one sees at a glance whether something is learned.
     chances = {"position_loss": math.log(model.positions)} if args.position_weight else {}
     chances |= {"cross_entropy": math.log(args.prototypes)} if teacher else {}
     meter, log = Meter(device, world_size), Log(out, start_step, args.tensorboard) if rank == 0 else None
@@ -994,6 +1004,7 @@ def main(args):
                 meter.add(losses)
 
             # ---- optimizer and teacher ----
+            # The norm is a tensor on the device: clipping does not make the host wait.
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()

@@ -98,38 +98,41 @@ def voc_palette(classes):
 
 
 # fmt: off
-ADE20K = names_of("""wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
-earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
-armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
-chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case,
-pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
-bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel,
-light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole,
-land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer,
-plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank,
-trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase,
-traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
-flag""")
-ADE20K_PALETTE = colors_of("""787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d
-787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff
-08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff a09614
-00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff
-00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5
-ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900
-00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff
-46b8a0 a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff
-ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00
-5c00ff""")
-VOC = names_of("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse,
-motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
-CONTEXT = names_of("""background, aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
-cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass,
-ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep,
-shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window, wood""")
-CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,
-person, rider, car, truck, bus, train, motorcycle, bicycle""")
-CITYSCAPES_PALETTE = colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000
-00008e 000046 003c64 005064 0000e6 770b20""")
+ADE20K = names_of("""wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
+house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing,
+cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
+refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway, river,
+bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove, palm,
+kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower,
+chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
+bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy,
+washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball,
+food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture,
+hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board,
+shower, radiator, glass, clock, flag""")
+ADE20K_PALETTE = colors_of("""787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff
+ebff07 96053d 787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0
+0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08
+00ff14 ff0829 ff0599 0633ff eb0cff a09614 00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff
+ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff
+33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff
+00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900 00ff0a ff7000 8fff00
+5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff 46b8a0
+a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff
+1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff
+ffd600 19c2c2 66ff00 5c00ff""")
+VOC = names_of("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow,
+dining table, dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
+CONTEXT = names_of("""background, aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle,
+building, bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence,
+floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate,
+platform, pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train,
+tree, truck, tvmonitor, wall, water, window, wood""")
+CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign,
+vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
+CITYSCAPES_PALETTE = colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98
+4682b4 dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20""")
 CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED) | {
     i: k for k, i in enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
 }
@@ -148,14 +151,16 @@ CAMVID_COLORS = {  # the 32 colors of the original, grouped as SegNet did; the f
     10: colors_of("0080c0 c000c0"),  # bicyclist, motorcycle
     IGNORED: colors_of("000000"),
 }
-IDD = names_of("""road, parking or drivable fallback, sidewalk, rail track or non-drivable fallback, person or animal, rider,
-motorcycle, bicycle, autorickshaw, car, truck, bus, vehicle fallback, curb, wall, fence, guard rail, billboard,
-traffic sign, traffic light, pole, obstacle fallback, building, bridge or tunnel, vegetation, sky or background""")
-IDD_PALETTE = colors_of("""804080 faaaa0 f423e8 e6968c dc143c ff0000 0000e6 770b20 ffcc36 00008e 000046 003c64 888f99 dcbe28
-66669c be9999 b4a5b4 ae4043 dcdc00 faaa1e 999999 a9bbd6 464646 966464 6b8e23 4682b4""")
-SUN = names_of("""wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk,
-shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, television, paper, towel,
-shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag""")
+IDD = names_of("""road, parking or drivable fallback, sidewalk, rail track or non-drivable fallback,
+person or animal, rider, motorcycle, bicycle, autorickshaw, car, truck, bus, vehicle fallback, curb, wall,
+fence, guard rail, billboard, traffic sign, traffic light, pole, obstacle fallback, building,
+bridge or tunnel, vegetation, sky or background""")
+IDD_PALETTE = colors_of("""804080 faaaa0 f423e8 e6968c dc143c ff0000 0000e6 770b20 ffcc36 00008e 000046
+003c64 888f99 dcbe28 66669c be9999 b4a5b4 ae4043 dcdc00 faaa1e 999999 a9bbd6 464646 966464 6b8e23 4682b4""")
+SUN = names_of("""wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter,
+blinds, desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator,
+television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub,
+bag""")
 ISPRS = names_of("impervious surface, building, low vegetation, tree, car, clutter")
 ISPRS_PALETTE = colors_of("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
 SUIM = names_of("water, diver, plants, wreck, robot, reef, fish, sea floor")
@@ -473,7 +478,7 @@ def open_data(args, splits, rank, world_size, device, say, classes=None):
         say(f"note: {cropped:.0f} masks cropped to their images")
     if args.base_size and short > 3 * args.base_size:
         say(
-            f"note: images shrink from {short:.0f} to {args.base_size} pixels; --base-size 0 keeps their own size"
+            f"note: images shrink from {short:.0f} to {args.base_size} pixels; --base-size 0 keeps their size"
         )
     if name == "folder" and classes is None:
         known = bool(data.classes or args.classes)
@@ -496,9 +501,9 @@ def check_classes(flag, pixels, names, known):
     if reason:
         shown = ", ".join(map(str, values[:20])) + ", ..." * (len(values) > 20)
         fail(
-            f"{flag}: the masks hold the values {shown}: {reason}. Write a classes.txt into the folder with a line per "
-            "class, 'NAME R G B' with its color or gray value in the masks (object 255 255 255; ignore R G B for what does "
-            "not count), or give --classes N for masks with the values 0..N-1"
+            f"{flag}: the masks hold the values {shown}: {reason}. Write a classes.txt into the folder with a "
+            "line per class, 'NAME R G B' with its color or gray value in the masks (object 255 255 255; ignore "
+            "R G B for what does not count), or give --classes N for masks with the values 0..N-1"
         )
     return names if known else names[: len(classes)]
 
@@ -508,12 +513,11 @@ def choose_subset(images, fraction, seed):
     return np.sort(np.random.default_rng(seed).permutation(images)[: max(1, round(images * fraction))])
 
 
-# ------------------------------------------------------------------------------- augmentation, in worker processes
+# -------------------------------------------------------------------------- augmentation, in worker processes
 
 
 def scaled_size(height, width, short):
-    """(height, width) of the same aspect with the short side `short`, the long side at most 4 times as long.
-    """
+    """(height, width) of the same aspect, the short side `short`, the long side at most 4 times that."""
     scale = min(short / min(height, width), 4 * short / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -861,9 +865,8 @@ def scores(matrix):
         iou, accuracy = right / (true + predicted - right), right / true
     means = [float(np.nanmean(x)) if np.isfinite(x).any() else 0.0 for x in (iou, accuracy)]
     pixel_accuracy = float(right.sum() / max(true.sum(), 1))
-    return {
-        "miou": means[0], "pixel_accuracy": pixel_accuracy, "mean_accuracy": means[1], "iou": iou, "accuracy": accuracy,
-    }  # fmt: skip
+    figures = {"miou": means[0], "pixel_accuracy": pixel_accuracy, "mean_accuracy": means[1]}
+    return {**figures, "iou": iou, "accuracy": accuracy}
 
 
 def average_precision(confidence, present):
@@ -921,10 +924,10 @@ FIGURES = {
 def protocol_of(args, split, images, classes):
     """What a figure was measured with, so that it can be quoted."""
     scales = "scales 0.5-1.75 with flips" if args.multi_scale else "single scale"
-    size = {key: "x".join(map(str, getattr(args, key))) for key in ("window", "stride")}
+    size = {key: "x".join(map(str, getattr(args, key))) for key in ("crop", "window", "stride")}
     return (
-        f"{args.name} {split}, {images} images, {classes} classes, base size {args.base_size or 'of each image'}, window "
-        f"{size['window']}, stride {size['stride']}, {scales}"
+        f"{args.name} {split}, {images} images, {classes} classes, base size {args.base_size or 'of each image'}, "
+        f"crop {size['crop']}, window {size['window']}, stride {size['stride']}, {scales}"
     )
 
 
@@ -1028,7 +1031,7 @@ def load_segmenter(args, content, device):
         model.load_state_dict(content["model"])
     except RuntimeError:  # it lists all that does not fit
         fail(
-            f"--checkpoint {args.checkpoint}: its weights do not fit; leave out --crop, --model and other sizes"
+            f"--checkpoint {args.checkpoint}: its weights do not fit; give no --crop, --model or other sizes"
         )
     return model.to(device).eval()
 
@@ -1149,8 +1152,8 @@ def main(args):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch}; {len(images)} of {whole} images, "
-        f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained parameters; "
-        f"{total_steps} steps; start: {args.encoder or args.init}; run folder {out}"
+        f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained "
+        f"parameters; {total_steps} steps; start: {args.encoder or args.init}; in {out}"
     )
     more, saved_at = {"classes": classes, "palette": palette}, time.monotonic()
 
@@ -1193,9 +1196,9 @@ def main(args):
             rate = max(group["lr"] for group in optimizer.param_groups)
             record |= {"lr": rate, "memory_gib": train.peak_memory(device)}
             say(
-                f"step {done}/{total_steps} epoch {done * args.batch / len(images):.1f} | loss {record['loss']:.3f} | lr "
-                f"{rate:.1e} | {record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
-                f"{record['memory_gib']:.1f} GiB"
+                f"step {done}/{total_steps} epoch {done * args.batch / len(images):.1f} | loss "
+                f"{record['loss']:.3f} | lr {rate:.1e} | {record['images_per_second']:.1f} img/s | waiting for "
+                f"data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB"
             )
             if evaluate_now and not (stopping and done < total_steps):
                 result = evaluate(model, val_images, args, len(classes), rank, world_size, device)

@@ -690,8 +690,7 @@ class Meter:
         self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
     def read(self, images):
-        """Means over micro-batches of `images` images and all processes, images per second, share of waiting.
-        """
+        """Means over micro-batches of `images` images and processes, images per second, share of waiting."""
         means = sum_over_processes(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * images / seconds, self.waited / seconds

@@ -833,7 +833,7 @@ def _find_vit(tree, branch):
     # This project's checkpoints carry their settings, which tell what tensors do not.
     settings = tree.get("settings", {})
     heads, image_size = settings.get("heads"), settings.get("crop") or settings.get("image_size")
-    if heads is None and "_encoder." in prefix and len(state["encoder.patch_embed.proj.weight"]) == 384:
+    if re.search("(momentum|base)_encoder", prefix) and len(state["encoder.patch_embed.proj.weight"]) == 384:
         heads = 12  # MoCo v3's ViT-S
     sizes = _vit_sizes(state, notes, heads, image_size)
     root = prefix.removesuffix("encoder.")

@@ -634,7 +634,8 @@ def load_weights(path, branch="student"):
     except (OSError, ImportError):
         raise
     except Exception as error:  # whatever a damaged file makes a reader say
-        raise ValueError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read weights from {path}: {reason}") from error
 
 
 def load_vit(path, branch="teacher", **changes):
@@ -813,7 +814,7 @@ def _vit_sizes(state, notes, heads=None, image_size=None):
 
 def _find_vit(tree, branch):
     """The ViT in the content of a PyTorch or safetensors file, however it is wrapped -> Weights."""
-    flat, notes = dict(_leaves(tree, ".")), []
+    flat, notes = dict(_leaves(tree, ".")) if isinstance(tree, dict) else {}, []
     prefixes = [key[: match.start()] for key in flat if (match := PATCH_WEIGHT.search(key))]
     if not prefixes:
         raise ValueError("there is no ViT in it: no entry is named patch_embed.proj.weight")
@@ -831,7 +832,7 @@ def _find_vit(tree, branch):
     state = _merge_qkv({f"encoder.{name}": value for name, value in state.items()})
 
     # This project's checkpoints carry their settings, which tell what tensors do not.
-    settings = tree.get("settings", {})
+    settings = tree["settings"] if isinstance(tree.get("settings"), dict) else {}
     heads, image_size = settings.get("heads"), settings.get("crop") or settings.get("image_size")
     if re.search("(momentum|base)_encoder", prefix) and len(state["encoder.patch_embed.proj.weight"]) == 384:
         heads = 12  # MoCo v3's ViT-S

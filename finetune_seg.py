@@ -708,8 +708,10 @@ def choose_encoder(args, say):
             for note in weights.notes:
                 if "heads" not in given or "heads" not in note:
                     say(f"--init {args.init}: {note}")
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{last if last.exists() else args.encoder or f'--init {args.init}'}: {error}")
+    except (KeyError, TypeError):
+        fail(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
     sizes = {**sizes, **loca.SIZES.get(args.model, {}), **given}
     for name in SIZES:
         setattr(args, name, sizes.get(name))
@@ -1369,6 +1371,9 @@ def parse_args(arguments=None):
             parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
     else:
         args.content, args.workers = content, args.workers if given.workers is not None else 2
+    for flag in ("crop", "window", "stride"):
+        if len(pair(getattr(args, flag) or 1)) > 2:
+            parser.error(f"--{flag}: give a side, or height and width")
     if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
         parser.error(f"--split test: {name} has no test part with masks")
     if args.split != "val" and not args.eval_only:

@@ -356,11 +356,13 @@ def read_batches(dataset, workers, device, **sampling):
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from iterator
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
         if "in a row cannot be read" in str(error):  # a worker's error ends with its own message
             fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
-        if "DataLoader worker" in str(error) and "Traceback" not in str(error):
-            fail(f"{error} If memory ran out, use fewer --workers; the same command resumes the run")
+        if isinstance(error, ConnectionError | EOFError) or "(pid" in str(error):
+            fail(
+                f"a loader worker died ({error}); if memory ran out, use fewer --workers and run the command again"
+            )
         raise
     finally:
         if workers:
@@ -792,8 +794,10 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
         try:
             saved = loca.read_torch_file(path)
             old, new = saved["settings"], vars(args)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             fail(f"cannot resume from {path}: {error}")
+        except (KeyError, TypeError):
+            fail(f"cannot resume from {path}: it is not a checkpoint of this script; use another --out")
         for key in sorted(old.keys() & new.keys() - {"out"}):
             if old[key] == new[key]:
                 continue

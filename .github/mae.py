@@ -56,7 +56,7 @@ class MAE(nn.Module):
 
 def main(folder, out, steps=2700):
     steps, device = int(steps), torch.device("cpu")
-    precision = train.choose_precision(device)
+    precision = train.default_precision(device)
     torch.manual_seed(0)
     names = train.find_images(folder)
     photos = [train.read_image(Path(folder, names[i])) for i in range(len(names))]

@@ -219,7 +219,9 @@ DATASETS = {
         ISPRS, tuple(
             (f"{images}/{image}", "|".join(f"{masks}/{mask}" for mask in these))
             for images, masks in (("img_dir/{split}", "ann_dir/{split}"), ("images/{split}", "masks/{split}"),
-                                  ("2_Ortho_RGB", "5_Labels_all"), ("top", "gts_for_participants"), ("images", "masks"))
+                                  ("2_Ortho_RGB", "5_Labels_all"), ("2_Ortho_RGB", "5_Labels_all_noBoundary"),
+                                  ("top", "gts_for_participants"), ("top", "gts_eroded_for_participants"),
+                                  ("images", "masks"))
             for image, these in (("*_RGB.tif", ("*_label.tif", "*_label_noBoundary.tif")),
                                  ("*.tif", ("*.tif", "*_noBoundary.tif")), ("*.*", ("*.*",)))),
         ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **by_color(ISPRS_PALETTE)}, stray=0.05, base_size=0),
@@ -1372,8 +1374,9 @@ def parse_args(arguments=None):
     else:
         args.content, args.workers = content, args.workers if given.workers is not None else 2
     for flag in ("crop", "window", "stride"):
-        if len(pair(getattr(args, flag) or 1)) > 2:
-            parser.error(f"--{flag}: give a side, or height and width")
+        sides = getattr(args, flag) or [1]
+        if not isinstance(sides, int) and len(sides) > 2:
+            parser.error(f"--{flag} {' '.join(map(str, sides))}: give a side, or height and width")
     if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
         parser.error(f"--split test: {name} has no test part with masks")
     if args.split != "val" and not args.eval_only:

@@ -1,8 +1,8 @@
 """LOCA: Location-Aware Self-Supervised Transformers for Semantic Segmentation (arXiv 2212.02400), in PyTorch.
 
-From one image come a reference view and several query views. Every query patch predicts which reference patch
-shows the same content (position loss) and which cluster a slowly moving teacher assigns to that patch
-(feature loss). This file is the whole method. It needs only torch; read it from top to bottom.
+LOCA takes a reference view and several query views from one image. For every query patch it predicts which
+reference patch shows the same content (position loss) and which cluster a slowly moving teacher assigns to
+that patch (feature loss). This file is the whole method. It needs only torch; read it from top to bottom.
 
 Shape letters: B images, F focal queries per image, N reference tokens, K kept or visible tokens, T query
 tokens per image, D width, E bottleneck width, P prototypes. A target is the index of a reference token in
@@ -42,14 +42,14 @@ def gather_tokens(tokens, index):
 
 
 def lecun_normal_(weight):
-    """Truncated normal with variance 1 / fan-in, as in JAX. Truncation at 2 sigma leaves 0.8796 of the
-    deviation."""
+    """Truncated normal with variance 1 / fan-in, as in JAX. Truncation at 2 sigma reduces the standard
+    deviation to 0.8796 of its value."""
     std = weight[0].numel() ** -0.5 / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def linear(inputs, outputs, init_=nn.init.xavier_uniform_, bias=True):
-    """A linear layer with initialized weights and a bias of zero."""
+    """A linear layer with weights initialized by `init_` and zero bias."""
     layer = nn.Linear(inputs, outputs, bias)
     init_(layer.weight)
     if bias:
@@ -70,7 +70,7 @@ def multi_head(q, k, v, heads):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B, N, D].
 
-    attend: indices [K] or [B, K] of the tokens that serve as keys and values; all of them when None.
+    attend: indices [K] or [B, K] of the tokens that serve as keys and values; all tokens if None.
     """
 
     def __init__(self, dim, heads):
@@ -142,10 +142,11 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with timm's parameter names (paper section 3, released code).
 
-    image_size: pixels, one number or (height, width), for which the position embedding is made; forward takes
-    any size that `patch_size` divides. drop_path: stochastic depth of the last block, rising linearly from 0
-    at the first. class_token: add one, as DINO, MAE and most timm models have; LOCA has none. Raises
-    ValueError if the patch size does not divide the image size, or the number of heads the width.
+    image_size: size in pixels, one number or (height, width), of the position embedding; forward takes any
+    size divisible by `patch_size`. drop_path: stochastic depth rate of the last block; it rises linearly from
+    0 at the first. class_token: add a class token, as in DINO, MAE and most timm models; LOCA has none. Raises
+    ValueError if the patch size does not divide the image size, or the number of heads does not divide the
+    width.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, mlp_dim, drop_path=0.1, class_token=False):
@@ -159,7 +160,7 @@ class ViT(nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         self.drop_path = drop_path
         self.grad_checkpoint = (
-            0  # number of blocks that are recomputed in the backward pass: less memory, slower
+            0  # number of blocks recomputed in the backward pass: less memory, slower
         )
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         lecun_normal_(self.patch_embed.proj.weight)
@@ -172,16 +173,16 @@ class ViT(nn.Module):
 
     def position_embedding(self, grid):
         """The position embedding of the patches, resized to `grid` = (rows, columns): [1, rows * columns, D]."""
-        patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]  # without the class token's
+        patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]  # skip the class token's entry
         return resize_position_embedding(patches, self.grid, grid)
 
     def draw_branch_scale(self, batch, device):
         """Stochastic depth (Huang et al. 2016) for all blocks at once: [depth, 2, B, 1, 1], where 0 drops a
-        residual branch of a sample and 1 / keep rescales a kept one. None when nothing is dropped."""
+        residual branch of a sample and 1 / keep rescales a kept one. None if nothing is dropped."""
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)
-        # The rate rises linearly with depth: early blocks matter to all that follow.
+        # The rate rises linearly with depth, because early blocks affect all later ones.
         keep = torch.linspace(1, 1 - self.drop_path, depth, device=device).view(-1, 1, 1, 1, 1)
         return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
 
@@ -194,7 +195,7 @@ class ViT(nn.Module):
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             size = tuple(images.shape[-2:])
             raise ValueError(f"the patch size {self.patch_size} does not divide the image size {size}")
-        # Patches become tokens; a random query keeps only some of them, each with the position of its place.
+        # Patches become tokens. A random query keeps only some of them, after the position embedding is added.
         x = self.patch_embed(images)  # B,D,rows,columns
         grid = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # B,N,D
@@ -284,19 +285,19 @@ class PositionPredictor(nn.Module):
 
 
 def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
-    """Find the reference patch that shows what each query patch shows.
+    """Find the reference patch that shows the same content as each query patch.
 
-    Exact: the three nearest-neighbor samplings of the released pipeline, in integers. reference_box,
-    query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], whether the query
-    was mirrored left-right. view: side of the query in pixels. grid, reference_grid: patches along a side of
-    the query and of the reference. Returns long [..., grid * grid], the position row * reference_grid +
-    column, or -1 where the query patch lies outside the reference.
+    Exact: reproduces the three nearest-neighbor samplings of the released pipeline in integer arithmetic.
+    reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...],
+    whether the query was mirrored left-right. view: side of the query in pixels. grid, reference_grid: patches
+    per side of the query and of the reference. Returns long [..., grid * grid], the position
+    row * reference_grid + column, or -1 where the query patch lies outside the reference.
     """
     pixel = (
         (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)
     )  # a patch's center, in the view
 
-    # Rows and columns are independent: each axis is sampled alone, and the two are combined at the end.
+    # Rows and columns are independent: each axis is sampled separately, and the two are combined at the end.
     def along(axis):  # 0: rows, 1: columns -> index in the reference grid or -1, [..., grid]
         begin, size = query_box[..., axis, None], query_box[..., axis + 2, None]
         reference_begin, reference_size = reference_box[..., axis, None], reference_box[..., axis + 2, None]
@@ -331,7 +332,8 @@ def visible_count(total, masking_ratio):
 
 
 def choose_tokens(total, count, kind="consecutive", device=None):
-    """Indices [count] of tokens out of `total`; `kind` is a key of MASKING. Raises ValueError."""
+    """Indices [count] of tokens out of `total`; `kind` is a key of MASKING. Raises ValueError for an unknown
+    kind, or a count outside 1..total."""
     if kind not in MASKING:
         raise ValueError(f"unknown masking {kind!r}; choose from {', '.join(MASKING)}")
     if not 0 < count <= total:
@@ -356,8 +358,8 @@ def sum_over_devices(x):
 
 def position_loss(logits, targets):
     """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and
-    accuracy, both 0 for a batch without any target."""
-    # Losses are computed in float32 whatever the precision of the network.
+    accuracy, both 0 for a batch without targets."""
+    # Losses are computed in float32, regardless of the network's precision.
     logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT
     count = (targets >= 0).sum() + 1e-8
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
@@ -369,11 +371,11 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
     """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P], rows sum to
     1.
 
-    Each round divides by the sum over all samples of all devices for every prototype, then by the sum over
-    prototypes for every sample (Caron et al. 2020; here after a softmax, as released).
+    Each round normalizes every prototype over all samples on all devices, then every sample over all
+    prototypes (Caron et al. 2020; here after a softmax, as released).
     """
     assignments = (scores / temperature).softmax(-1, dtype=torch.float32)
-    tiny = torch.finfo(assignments.dtype).tiny  # a prototype that no sample is near keeps 0 instead of 0 / 0
+    tiny = torch.finfo(assignments.dtype).tiny  # a prototype without nearby samples stays 0 instead of 0 / 0
     for _ in range(rounds):
         assignments /= sum_over_devices(assignments.sum(0)).clamp_min(tiny)
         assignments /= assignments.sum(1, keepdim=True).clamp_min(tiny)
@@ -390,13 +392,13 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     scores = (features / temperature) @ prototypes.T  # B,T,P
     log_p = scores.log_softmax(-1, dtype=torch.float32)
 
-    # Only patches with a counterpart have a target; the others gather position 0 and count 0.
+    # Only patches with a counterpart have a target; the others gather position 0 and get weight 0.
     matched = targets >= 0  # B,T
     assigned = gather_tokens(assignments, targets.clamp(min=0))  # B,T,P
     cross_entropy = -((assigned * log_p).sum(-1) * matched).sum() / (matched.sum() + 1e-8)
 
-    # The mean prediction of all query patches of all devices. DDP averages gradients over devices, so each
-    # device passes the gradient of the mean to its own part.
+    # The mean prediction over all query patches on all devices. DDP averages gradients over devices, so each
+    # device backpropagates the gradient of the mean to its own patches only.
     mean = log_p.exp().sum((0, 1)) / targets.numel()  # P
     mean = mean + (sum_over_devices(mean.detach().clone()) / devices() - mean).detach()
     negative_entropy = (mean * (mean + 1e-30).log()).sum()
@@ -409,12 +411,12 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
 class LOCA(nn.Module):
     """Encoder, projection head and position predictor with their training loss (paper section 3).
 
-    encoder: a ViT whose image size is that of the reference. prototypes: P; 0 leaves out the projection head,
-    for the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
+    encoder: a ViT whose image size is that of the reference. prototypes: P; 0 omits the projection head, for
+    the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
     masking: a key of MASKING. query_tokens: number of tokens of the random query that are encoded; None means
-    5 of 14, as published. single_image: no reference; a view without position embedding attends to a random
-    share 1 - eta of its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in the
-    paper's figures 2 and 3).
+    5/14 of them, as published. single_image: no reference; a view without a position embedding attends to a
+    random share 1 - eta of its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in
+    the paper's figures 2 and 3).
     """
 
     def __init__(
@@ -455,13 +457,13 @@ class LOCA(nn.Module):
         views: reference [B, 3, S, S], query [B, 3, S, S], query_targets [B, N], focal [B, F, 3, s, s],
         focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher; None
         trains with the position loss alone. visible [K] or [B, K]: reference tokens that the queries see.
-        keep: tokens of the random query that are encoded. Both are drawn when None.
+        keep: tokens of the random query that are encoded. Both are drawn at random if None.
 
         Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), feature_loss and its
-        part cross_entropy (ln P at chance), position_accuracy (0..1), and two figures that reveal a collapse:
-        prototype_perplexity (1..P) and target_entropy (0..ln P, over every fifth reference position).
+        part cross_entropy (ln P at chance), position_accuracy (0..1), and two metrics that reveal collapse:
+        prototype_perplexity (1..P) and target_entropy (0..ln P, mean over every fifth reference position).
         """
-        # The reference becomes the context that the queries may look at, eta of it hidden.
+        # The reference tokens become the context that the queries attend to; a share eta of them is hidden.
         context, tokens = self.encode_reference(views, teacher, visible)
         if self.single_image:
             queries = tokens
@@ -495,29 +497,29 @@ class LOCA(nn.Module):
         }
 
     def encode_reference(self, views, teacher=None, visible=None):
-        """Reference tokens that the queries see [B, K, D], and all reference tokens [B, N, D]; the latter are
-        None when the hidden ones were never encoded. Arguments as in forward."""
+        """Reference tokens that the queries see [B, K, D], and all reference tokens [B, N, D], or None if the
+        hidden tokens are not encoded. Arguments as in forward."""
         reference = views["reference"]
         if visible is None:
             kind = "unstructured" if self.single_image else self.masking
             visible = choose_tokens(self.positions, self.visible_tokens, kind, reference.device)
-        if self.single_image:  # no position embedding: it would tell the answer
+        if self.single_image:  # no position embedding: it would give away the answer
             tokens = self.encoder(reference, position=False, attend=visible)  # B,N,D
         elif (
             teacher is None
         ):  # position loss alone: through the student, hidden tokens dropped before the encoder
             return self.encoder(reference, keep=visible), None
         else:
-            with torch.no_grad():  # the teacher learns only by averaging, see update_teacher
+            with torch.no_grad():  # the teacher is updated only by averaging, see update_teacher
                 tokens = teacher.encoder(reference)  # B,N,D
         return gather_tokens(tokens, visible), tokens
 
     def encode_queries(self, views, keep=None, position=True):
-        """Tokens of all queries of an image side by side, the random query first [B, T, D], and their targets
+        """Concatenated tokens of all queries of each image, the random query first [B, T, D], and their targets
         [B, T].
 
-        keep as in forward. position: add the position embedding; the published position loss alone does
-        without.
+        keep as in forward. position: add the position embedding; the published runs with the position loss
+        alone do not.
         """
         focal, targets = views["focal"], views["query_targets"]
         if keep is None:
@@ -545,8 +547,8 @@ class LOCA(nn.Module):
 
 
 def make_teacher(model):
-    """Frozen copy of the encoder and the projection head of a LOCA, under the same names. Stochastic depth
-    stays active in training mode, as released."""
+    """Frozen copy of the encoder and projection head of a LOCA, with the same parameter names. Stochastic
+    depth stays active in training mode, as released."""
     teacher = nn.ModuleDict({"encoder": copy.deepcopy(model.encoder), "head": copy.deepcopy(model.head)})
     return teacher.requires_grad_(False)
 
@@ -554,7 +556,7 @@ def make_teacher(model):
 @torch.no_grad()
 def update_teacher(teacher, model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * model, in place."""
-    # Both lists have the same order, as the teacher began as a copy; one fused call updates all tensors.
+    # Both lists have the same order, because the teacher starts as a copy; one fused call updates all tensors.
     student = [p for part in (model.encoder, model.head) for p in part.parameters()]
     torch._foreach_lerp_(list(teacher.parameters()), student, 1 - momentum)
 
@@ -599,14 +601,14 @@ HUGGING_FACE_NAMES = (  # of transformers' ViT -> timm's
     (r"^layernorm\.", "norm."),
 )
 PATCH_WEIGHT = re.compile(r"(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight$")
-# What DINO, timm, MoCo v3, I-JEPA and lightly call the branch that is not trained by gradients.
+# Names of the branch that is not trained by gradients, in DINO, timm, MoCo v3, I-JEPA and lightly.
 TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 
 
 class Weights(dict):
     """State dict of an encoder ('encoder.blocks.0...') or of a whole LOCA, as found in a file.
 
-    sizes: the arguments of ViT that fit it. notes: what was found and what had to be assumed, one line each.
+    sizes: the matching arguments of ViT. notes: what was found and what had to be assumed, one line each.
     """
 
     def __init__(self, state, sizes, notes):
@@ -615,13 +617,13 @@ class Weights(dict):
 
 
 def load_weights(path, branch="student"):
-    """Read weights from a file -> Weights, a state dict with the names of LOCA that also carries the ViT's
-    sizes.
+    """Read weights from a file -> Weights, a state dict with LOCA's parameter names that also carries the
+    ViT's sizes.
 
     Reads this project's checkpoints, the published flax files (needs msgpack), and PyTorch or safetensors
     files of ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'student'
-    or 'teacher', for files that hold both. Raises OSError, ImportError, and ValueError for a file that holds
-    none of these.
+    or 'teacher', for files that hold both. Raises OSError, ImportError, or ValueError if the file holds none
+    of these.
     """
     with open(path, "rb") as file:
         start = file.read(9)
@@ -633,14 +635,14 @@ def load_weights(path, branch="student"):
         return _find_published(path, branch)
     except (OSError, ImportError):
         raise
-    except Exception as error:  # whatever a damaged file makes a reader say
+    except Exception as error:  # a damaged file can make a reader raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read weights from {path}: {reason}") from error
 
 
 def load_vit(path, branch="teacher", **changes):
-    """The ViT that a file holds, with the sizes that it has, in evaluation mode. path, branch and errors as
-    in load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path."""
+    """The ViT stored in a file, with its own sizes, in evaluation mode. path, branch and errors as in
+    load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path."""
     weights = load_weights(path, branch)
     encoder = ViT(**{**weights.sizes, **changes})
     load_encoder(encoder, weights)
@@ -649,11 +651,12 @@ def load_vit(path, branch="teacher", **changes):
 
 @torch.no_grad()
 def load_encoder(encoder, state):
-    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> a one-line
+    """Load the 'encoder.' entries of a state dict, such as that of load_weights, into a ViT -> a one-line
     summary.
 
     The position embedding is resized to the ViT's grid. A class token is dropped if the ViT has none. Raises
-    ValueError, and changes nothing, if the ViT would be filled only in part or lacks parts of the file's ViT.
+    ValueError, and changes nothing, if weights for part of the ViT are missing or if the ViT lacks parts of
+    the file's ViT.
     """
     sizes = getattr(state, "sizes", None) or _vit_sizes(state, [])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
@@ -671,7 +674,7 @@ def load_encoder(encoder, state):
         patches = torch.cat([state["pos_embed"][:, :1], patches], 1) if keeps_token else patches
         state = {key: value for key, value in state.items() if keeps_token or key != "cls_token"}
     state["pos_embed"] = patches
-    # What belongs to a ViT must fit; heads and decoders of other projects are left out.
+    # The parts of a ViT must match exactly; other projects' heads and decoders are ignored.
     vit_parts = r"(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
     unused = [
         key for key in state if key not in own and not re.match(vit_parts, key)
@@ -686,7 +689,7 @@ def load_encoder(encoder, state):
 
 def published_to_state_dict(flat):
     """State dict of a LOCA from published parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}.
-    Raises ValueError that names what is missing or unknown."""
+    Raises a ValueError that names the missing or unknown parameters."""
     state = {}
     for name, value in flat.items():
         value, is_kernel = torch.as_tensor(value), name.endswith("/kernel")
@@ -700,7 +703,7 @@ def published_to_state_dict(flat):
             value = value.flatten()
         state[_rename(name, PUBLISHED_NAMES)] = value.contiguous()
     state = _merge_qkv(state)
-    # A LOCA without memory, for its names: every one must be there, and no other.
+    # A LOCA on the meta device gives the expected names: the state must have these and no others.
     with torch.device("meta"):
         encoder = ViT(**_vit_sizes(state, [], heads=1))
         own = LOCA(encoder, prototypes=int("head.fc1.weight" in state)).state_dict()
@@ -712,7 +715,7 @@ def published_to_state_dict(flat):
 
 def read_torch_file(path):
     """Read what torch.save wrote: tensors, containers and argparse.Namespace (in which DINO, iBOT and MAE
-    keep their arguments), but no other class. Raises ValueError, in one line, for anything else."""
+    keep their arguments), but no other class. Raises a one-line ValueError for anything else."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -720,14 +723,14 @@ def read_torch_file(path):
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         if unsafe:
             raise ValueError(
-                f"it holds an object of class {unsafe[1]}, which could run code when loaded; save the state dict "
-                "alone where the file was made: torch.save(model.state_dict(), FILE)"
+                f"it holds an object of class {unsafe[1]}, which could run code when loaded; where the file was "
+                "made, save only the state dict: torch.save(model.state_dict(), FILE)"
             ) from error
         raise ValueError(f"it is damaged, or torch.save did not write it ({type(error).__name__})") from error
 
 
 def import_optional(name):
-    """Import a package that is needed only here. Raises ImportError with the line that installs it."""
+    """Import an optional package. Raises an ImportError that gives the command to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -772,20 +775,21 @@ def _some(names, most=6):
 
 
 def _differences(own, state, shapes=True):
-    """What keeps a state dict from filling a module's own: '' or missing, misshapen and unknown names."""
+    """Why a state dict does not fit a module's own: its missing, misshapen and unknown names; '' if it fits."""
     misshapen = (
         [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape] if shapes else []
     )
     lists = {
         "missing": own.keys() - state.keys(),
-        "of another shape": misshapen,
+        "with a different shape": misshapen,
         "unknown": state.keys() - own.keys(),
     }
     return "; ".join(f"{what}: {_some(names)}" for what, names in lists.items() if names)
 
 
 def _vit_sizes(state, notes, heads=None, image_size=None):
-    """Arguments of ViT that fit a state dict. What its tensors do not tell is assumed, and `notes` says so."""
+    """The arguments of ViT that match a state dict. Those that its tensors do not determine are assumed, and
+    recorded in `notes`."""
     try:
         kernel, hidden = state["encoder.patch_embed.proj.weight"], state["encoder.blocks.0.mlp.fc1.weight"]
         tokens = state["encoder.pos_embed"].shape[1] - int("encoder.cls_token" in state)
@@ -794,11 +798,11 @@ def _vit_sizes(state, notes, heads=None, image_size=None):
     dim, patch_size, side = len(kernel), kernel.shape[-1], math.isqrt(tokens)
     if heads is None:
         heads = {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
-        notes.append(f"heads assumed: {heads}; set --heads if the model has another number")
+        notes.append(f"heads assumed: {heads}; set --heads if the model has a different number")
     if image_size is None and side**2 != tokens:
         raise ValueError(
-            f"its position embedding has {tokens} patch tokens, not a square number; a rectangle, or a ViT "
-            "with register or distillation tokens, cannot be read from such a file"
+            f"its position embedding has {tokens} patch tokens, not a square number; a rectangular grid, or "
+            "a ViT with register or distillation tokens, cannot be read from such a file"
         )
     image_size = image_size or side * patch_size
     return {
@@ -813,13 +817,13 @@ def _vit_sizes(state, notes, heads=None, image_size=None):
 
 
 def _find_vit(tree, branch):
-    """The ViT in the content of a PyTorch or safetensors file, however it is wrapped -> Weights."""
+    """Find the ViT in the contents of a PyTorch or safetensors file, at any level of nesting -> Weights."""
     flat, notes = dict(_leaves(tree, ".")) if isinstance(tree, dict) else {}, []
     prefixes = [key[: match.start()] for key in flat if (match := PATCH_WEIGHT.search(key))]
     if not prefixes:
         raise ValueError("there is no ViT in it: no entry is named patch_embed.proj.weight")
-    # A file may hold several ViTs, as teacher and student; of the wanted kind the one with the plainest name
-    # is taken.
+    # A file may hold several ViTs, such as teacher and student: take the one of the requested branch that has
+    # the shortest prefix.
     wanted = [prefix for prefix in prefixes if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or prefixes, key=len)
     if prefix:
@@ -831,7 +835,7 @@ def _find_vit(tree, branch):
         state = {_rename(name, HUGGING_FACE_NAMES): value for name, value in state.items()}
     state = _merge_qkv({f"encoder.{name}": value for name, value in state.items()})
 
-    # This project's checkpoints carry their settings, which tell what tensors do not.
+    # This project's checkpoints carry their settings, which give the number of heads and the image size.
     settings = tree["settings"] if isinstance(tree.get("settings"), dict) else {}
     heads, image_size = settings.get("heads"), settings.get("crop") or settings.get("image_size")
     if re.search("(momentum|base)_encoder", prefix) and len(state["encoder.patch_embed.proj.weight"]) == 384:
@@ -858,7 +862,7 @@ def _find_published(path, branch):
             return None
         shape, dtype, buffer = msgpack.unpackb(payload)
         if dtype not in DTYPES:
-            raise ValueError(f"an array of type {dtype}")
+            raise ValueError(f"unsupported array type {dtype}")
         dtype = getattr(torch, dtype)
         return (
             torch.frombuffer(bytearray(buffer), dtype=dtype).reshape(shape) if buffer else torch.empty(shape)
@@ -869,7 +873,7 @@ def _find_published(path, branch):
         with open(path, "rb") as file:
             tree = msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
         flat = dict(_leaves(tree[name], "/"))
-    except Exception as error:  # whatever a damaged file makes msgpack or an array say
+    except Exception as error:  # a damaged file can make msgpack or torch raise anything
         raise ValueError(f"it is not a published train state ({type(error).__name__}: {error})") from error
     state, notes = published_to_state_dict(flat), [f"branch: {branch} ({name})"]
     heads = flat["encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"].shape[1]  # in,heads,head width

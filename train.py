@@ -1,8 +1,8 @@
 """Pretrain LOCA: photo -> crops and boxes (workers) -> colors (device, whole batch) -> loca.LOCA -> loop.
 
 `python train.py` draws its own scenes and needs nothing else; `--data DIR` takes any folder of images;
-`torchrun --nproc_per_node=N train.py` runs the same script on N devices. Every random draw is a function of
-the seed and of the step or image that it is for, so a resumed run continues as if it had never stopped.
+`torchrun --nproc_per_node=N train.py` runs the same script on N devices. Every random draw depends only on
+the seed and on its step or image, so a resumed run continues as if it had never stopped.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from torchvision.io import ImageReadMode, decode_image
 import loca
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
-EXIT_STOPPED = 75  # a run that was asked to stop and has saved (EX_TEMPFAIL): a scheduler can requeue it
+EXIT_STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved: it can be requeued
 
 
 def fail(text):
-    """End the process with one line on stderr and exit code 1."""
+    """Exit with one line on stderr and exit code 1."""
     sys.exit(f"error: {text}")
 
 
@@ -50,13 +50,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 def find_images(folder, flag="--data"):
     """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes, which is small
-    and quickly sent to workers. Hidden files and folders are skipped, links are followed. Ends with an error
+    and fast to send to workers. Hidden files and folders are skipped; links are followed. Exits with an error
     if the folder is missing or has no images."""
     if not os.path.isdir(folder):
         fail(f"{flag} {folder}: there is no such folder")
     names, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # a link that leads back up
+        if os.path.realpath(parent) in seen:  # a link back to a folder already visited
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
@@ -64,13 +64,13 @@ def find_images(folder, flag="--data"):
         images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
         names += [os.fsencode(os.path.relpath(os.path.join(parent, name), folder)) for name in images]
     if not names:
-        fail(f"{flag} {folder}: it has no images ({', '.join(EXTENSIONS)})")
+        fail(f"{flag} {folder}: no images found ({', '.join(EXTENSIONS)})")
     return np.sort(np.array(names))
 
 
 @functools.cache
 def warn_once(text):
-    """Print a warning on stderr the first time; of several loader workers only the first one does."""
+    """Print a warning on stderr once; among several loader workers, only the first one prints it."""
     if get_worker_info() is None or get_worker_info().id == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -79,7 +79,7 @@ def to_8_bits(values):
     """Gray values of more than 8 bits [H, W] -> uint8 [H, W].
 
     Values that fill at least a quarter of 0..65535 are divided by 257. Others, such as 12 bits in 16, CT
-    images with negative values and elevations, are scaled by the range that they use. NaN becomes black.
+    images with negative values and elevations, are scaled from their minimum..maximum. NaN becomes black.
     """
     values = np.asarray(values, np.float32)
     finite = values[np.isfinite(values)]
@@ -87,7 +87,7 @@ def to_8_bits(values):
     if low >= 0 and 2**14 <= high < 2**16:
         low, high = 0, 65535
     else:
-        warn_once("images of more than 8 bits that use a part of the range are scaled by the values they use")
+        warn_once("images with more than 8 bits that use part of the range are scaled from their min..max")
     scaled = (np.nan_to_num(values, nan=low) - low) * (255 / max(high - low, 1e-6))
     return scaled.clip(0, 255).astype(np.uint8)
 
@@ -136,9 +136,9 @@ SCENE_PALETTE = (
     (120, 180, 230), (140, 120, 160), (90, 170, 60), (110, 110, 110), (190, 90, 60),
     (20, 100, 40), (40, 60, 200), (240, 180, 40), (150, 110, 60), (230, 60, 180),
 )  # fmt: skip
-GRAIN = (6, 14, 40, 16, 22, 48, 5, 8, 18, 4)  # strength of the texture of each class, gray levels
+GRAIN = (6, 14, 40, 16, 22, 48, 5, 8, 18, 4)  # texture strength of each class, in gray levels
 # fmt: off
-THINGS = {  # height, most in a scene, parts: shape, corners (x, y, ...) above the foot in units of the height, shade
+THINGS = {  # height, maximum per scene, parts: shape, corners (x, y, ...) above the foot in heights, shade
     "house": (0.34, 3, [
         ("rectangle", (0.25, 0.7, 0.4, 1.3), 0.6), ("rectangle", (-0.6, 0, 0.6, 0.8), 1.2),
         ("polygon", (-0.7, 0.8, 0, 1.3, 0.7, 0.8), 0.7), ("rectangle", (-0.1, 0, 0.12, 0.42), 0.4),
@@ -163,8 +163,8 @@ THINGS = {  # height, most in a scene, parts: shape, corners (x, y, ...) above t
 
 
 def draw_scene(seed, width=240, height=192):
-    """A street scene: image uint8 [H, W, 3] and labels uint8 [H, W], indices into SCENE_CLASSES. A seed draws
-    the same scene on every machine: the random stream is frozen and pixels are integers."""
+    """A street scene: image uint8 [H, W, 3] and labels uint8 [H, W], indices into SCENE_CLASSES. A seed gives
+    the same scene on every machine, because RandomState's stream is frozen and pixels are integers."""
     r = np.random.RandomState(seed)
     pictures = Image.new("RGB", (width, height)), Image.new("L", (width, height))
     pens = [ImageDraw.Draw(picture) for picture in pictures]
@@ -199,7 +199,7 @@ def draw_scene(seed, width=240, height=192):
 
     names = [name for name in THINGS for _ in range(r.randint(0, THINGS[name][1] + 1))]
     feet = [lane if k == "car" and r.rand() < 0.7 else horizon + ground * r.uniform(0.08, 1) for k in names]
-    for y, name in sorted(zip(feet, names)):  # far ones first
+    for y, name in sorted(zip(feet, names)):  # farthest first
         size, _, parts = THINGS[name]
         size *= height * (0.35 + 0.9 * (y - horizon) / ground)
         x, facing, color = r.uniform(0, width), r.choice([-1, 1]), colors[name] * r.uniform(0.6, 1.2, 3)
@@ -210,7 +210,7 @@ def draw_scene(seed, width=240, height=192):
             part(name, shape, np.stack([xs, ys], 1).ravel(), color * shade)
     image, labels = (np.asarray(picture) for picture in pictures)
     noise = np.zeros((height, width), np.int32)
-    for cell in (1, 4, 12):  # texture of three sizes
+    for cell in (1, 4, 12):  # texture at three scales
         coarse = r.randint(-64, 64, (-(-height // cell), -(-width // cell))).astype(np.int32)
         noise += coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width]
     image = image + (noise * np.array(GRAIN, np.int32)[labels] >> 6)[..., None]
@@ -234,8 +234,8 @@ class Scenes:
 
 
 def open_images(args):
-    """Training and held-out images as the flags name them. Also sets args.images, the identity of the
-    training images by count and names, which a resumed run must share whatever the path of the folder."""
+    """Training and held-out images that the flags select. Also sets args.images, which identifies the training
+    images by count and names: a resumed run must match it, though the folder may have moved."""
     rng = np.random.default_rng(args.seed)
     if args.data is None:
         train_images, val_images = Scenes(args.scenes), Scenes(args.val_images, first=10**6)
@@ -257,8 +257,8 @@ def open_images(args):
 
 
 def random_box(height, width, area, rng):
-    """A random crop of an image, (top, left, height, width): its share of the image's area drawn from `area`,
-    its aspect ratio from 0.75..1.33; the whole image after 100 tries (released pipeline)."""
+    """A random crop of an image, (top, left, height, width): its share of the image's area is drawn from
+    `area`, its aspect ratio from 0.75..1.33; the whole image after 100 failed tries (released pipeline)."""
     for _ in range(100):
         pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
@@ -276,8 +276,8 @@ def crop(image, box, size, flip):
 
 
 def read_or_next(source, index, read):
-    """What `read` makes of the image at `index`, or of the next one that can be read, and '' or what was
-    wrong with the first. Raises ValueError after 100 unreadable images in a row."""
+    """The result of `read` for the image at `index`, or for the next readable one, and '' or what was wrong
+    with the first. Raises ValueError after 100 unreadable images in a row."""
     wrong, most = "", min(len(source), 100)
     for i in range(most):
         try:
@@ -292,7 +292,7 @@ class Views(Dataset):
 
     Keys are (epoch, index). Both seed the crops, so a key always gives the same views. Items: reference and
     query [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], and unreadable: '' or what was wrong
-    with a file that another one replaces.
+    with a file that was replaced by another one.
     """
 
     def __init__(self, source, args):
@@ -303,7 +303,7 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         args, rng = self.args, np.random.default_rng((self.args.seed, *key))
-        # One decode serves all views, as decoding takes longer than cropping.
+        # Decode once for all views, because decoding takes longer than cropping.
         image, wrong = read_or_next(self.source, key[1], self.source.image)
         areas = [args.large_area] * 2 + [args.focal_area] * args.focal
         boxes = [random_box(*image.shape[1:], area, rng) for area in areas]
@@ -324,8 +324,8 @@ class Views(Dataset):
 
 def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate=1):
     """Yield the keys (epoch, index) of each micro-batch of the steps first..last-1: a new permutation in each
-    epoch, cut to whole batches. Which images a step sees depends on (seed, step) alone, however many
-    processes and micro-batches share them."""
+    epoch, truncated to whole batches. Which images a step sees depends on (seed, step) alone, not on the number
+    of processes and micro-batches that share them."""
     steps, order = images // batch, None
     for step in range(first, last):
         epoch, i = divmod(step, steps)
@@ -338,16 +338,16 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
 
 def read_batches(dataset, workers, device, **sampling):
     """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
-    batch_size. The workers live as long as the generator. Ends with an error if one of them fails."""
+    batch_size. The workers live as long as the generator. Exits with an error if one of them fails."""
     loader = DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        multiprocessing_context="spawn" if workers else None,  # a fork with running threads can hang
+        multiprocessing_context="spawn" if workers else None,  # forking with running threads can hang
         **sampling,
     )
-    # Ctrl-C and SIGTERM are handled by the main process, though terminals and schedulers send them to all.
+    # The main process handles Ctrl-C and SIGTERM, though terminals and schedulers send them to all processes.
     # Workers inherit the mask of blocked signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -383,17 +383,17 @@ TO_RGB = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
 
 @functools.cache
 def constant(values, device):
-    """Numbers as a float32 tensor on the device, made once: every such copy makes the host wait for a GPU."""
+    """Numbers as a cached float32 tensor on the device, because each such copy makes the host wait for a GPU."""
     return torch.tensor(values, device=device)
 
 
 def draw_jitter(count, device):
-    """Draw the color jitter of `count` views: four operations x -> M x + b + c mean(x), each view in its own
-    order.
+    """Draw the color jitter of `count` views: four operations x -> M x + b + c mean(x), in a different order
+    for each view.
 
-    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], c [V, 4, 1, 1]. Brightness adds u(-0.4, 0.4); contrast about the
-    mean of a channel by u(0.6, 1.4); saturation by u(0.8, 1.2); hue rotated by u(-0.1, 0.1) of the circle.
-    Saturation and hue are linear in YIQ. One view in five is left as it is.
+    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], c [V, 4, 1, 1]. u is uniform: brightness adds u(-0.4, 0.4), contrast
+    scales about the channel mean by u(0.6, 1.4), saturation scales by u(0.8, 1.2), and hue rotates by
+    u(-0.1, 0.1) of the circle. Saturation and hue are linear in YIQ. One view in five is unchanged.
     """
 
     def uniform(low, high):
@@ -412,7 +412,7 @@ def draw_jitter(count, device):
     matrix = torch.stack(matrices, dim=1)  # V,4,3,3
     shift = torch.stack([uniform(-0.4, 0.4), zero, zero, zero], dim=1)  # V,4
     of_mean = torch.stack([zero, 1 - contrast, zero, zero], dim=1)  # V,4
-    # Each view sorts its four operations by random numbers, and keeps the identity with probability 0.2.
+    # Each view applies its four operations in random order or, with probability 0.2, the identity.
     order = torch.rand(count, 4, device=device).argsort(1)
     matrix, shift, of_mean = (loca.gather_tokens(x, order) for x in (matrix, shift, of_mean))
     jittered = torch.rand(count, 1, device=device) < 0.8
@@ -421,8 +421,8 @@ def draw_jitter(count, device):
 
 
 def draw_blur(count, side, probability, device):
-    """Kernels [V, k] of a Gaussian blur for some of `count` views: sigma u(0.1, 2), k a tenth of the side;
-    the kernels of the others leave a view as it is."""
+    """Kernels [V, k] of a Gaussian blur for some of `count` views: sigma u(0.1, 2), k about a tenth of the
+    side; the kernels of the other views are the identity."""
     radius = side // 10 // 2
     sigma = torch.empty(count, 1, device=device).uniform_(0.1, 2.0)
     taps = torch.arange(-radius, radius + 1, device=device)
@@ -439,7 +439,7 @@ def blur(x, kernels):
 
 
 def normalize(views):
-    """uint8 or float [..., 3, s, s] in 0..255 -> float32 with ImageNet's mean and standard deviation."""
+    """uint8 or float [..., 3, s, s] in 0..255 -> float32, normalized by ImageNet's mean and standard deviation."""
     mean, std = (constant(values, views.device)[:, None, None] for values in (MEAN, STD))
     return (views / 255 - mean) / std
 
@@ -483,7 +483,7 @@ def to_views(batch, args, random_colors=True):
             focal = augment(focal.flatten(0, 1), blur_probability=blurred["focal"]).view_as(focal)
     else:
         reference, query, focal = normalize(reference), normalize(query), normalize(focal)
-    # The boxes of the crops tell where every query patch lies in the reference: the position loss's targets.
+    # The crop boxes determine where every query patch lies in the reference: the targets of the position loss.
     boxes, flips, large, small = batch["boxes"], batch["flips"], args.image_size, args.focal_size
     grid, focal_grid = large // args.patch_size, small // args.patch_size
     targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)  # B,N
@@ -513,9 +513,9 @@ def build_model(args):
 
 
 def init_from(path, model, teacher):
-    """Start from the weights in a file, the student from its student and the teacher from its teacher: the
-    encoder, and of the head and the predictor what fits. Yields what was taken; ends with an error if the
-    encoder does not fit."""
+    """Initialize from a file, the student from its student and the teacher from its teacher: the whole encoder,
+    and the tensors of the head and the predictor that fit. Yields one summary line per branch; exits with an
+    error if the encoder does not fit."""
     for branch, module in (("student", model), ("teacher", teacher)):
         if module is None:
             continue
@@ -530,24 +530,24 @@ def init_from(path, model, teacher):
         own = {k: v for k, v in module.state_dict().items() if not k.startswith("encoder.")}
         fitting = {k: weights[k] for k in own if k in weights and weights[k].shape == own[k].shape}
         module.load_state_dict({**module.state_dict(), **fitting})
-        parts = {k.split(".")[0] for k in fitting}  # a part of which nothing fits is named as a whole
+        parts = {k.split(".")[0] for k in fitting}  # a part with no fitting tensor is named as a whole
         new = {
             k.rpartition(".")[0] if k.split(".")[0] in parts else k.split(".")[0]
             for k in own.keys() - fitting
         }
-        yield f"{branch}: {'; '.join(notes)}; starting anew: {', '.join(sorted(new)) or 'nothing'}"
+        yield f"{branch}: {'; '.join(notes)}; initialized from scratch: {', '.join(sorted(new)) or 'nothing'}"
 
 
 def compile_blocks(*models):
-    """Compile what repeats instead of whole models: blocks share one graph for each number of tokens."""
-    torch._dynamo.config.optimize_ddp = False  # a block is compiled as a whole, whatever DDP's buckets are
+    """Compile the blocks instead of whole models: all blocks share one graph for each number of tokens."""
+    torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
     for module in itertools.chain(*(model.modules() for model in models if model is not None)):
         if isinstance(module, loca.Block):
             module.compile(dynamic=False)
 
 
 def weight_decay_groups(model, weight_decay):
-    """Parameter groups with weight decay on tensors of two and more dimensions only."""
+    """Parameter groups with weight decay only on tensors with two or more dimensions."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -564,7 +564,7 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def teacher_momentum(step, steps, start):
-    """From `start` to 1 by a cosine over all steps."""
+    """Cosine schedule from `start` to 1 over all steps."""
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -591,11 +591,11 @@ def seed_all(*parts):
 
 def init_distributed(name=None):
     """Join the processes that torchrun started, or run alone -> rank, number of processes, device. `name`:
-    cuda, mps or cpu; the first one available when None."""
+    cuda, mps or cpu; the first one available if None."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         fail(
-            "srun starts copies that do not know of each other; start one task per node with torchrun in it: "
+            "srun starts processes that do not know about each other; run torchrun in one task per node: "
             "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS --rdzv-backend=c10d "
             f"--rdzv-endpoint=FIRST_NODE:29500 {Path(sys.argv[0]).name} ..."
         )
@@ -611,7 +611,7 @@ def init_distributed(name=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if world_size > 1 and not dist.is_initialized():
-        # After a restart by torchrun the store still has the addresses of dead processes: use another prefix.
+        # After torchrun restarts a run, the store still has the addresses of dead processes: use a new prefix.
         store = next(dist.rendezvous("env://", rank, world_size))[0]
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         place = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(minutes=10)}
@@ -621,7 +621,7 @@ def init_distributed(name=None):
 
 
 def end_processes():
-    """Leave the group of processes, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -633,10 +633,10 @@ def sum_over_processes(values, device):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the context, SIGTERM and Ctrl-C ask for a stop: the loop saves and exits. A second signal that
-    comes over a second later ends the process at once; until then it is the same one, which schedulers and
-    torchrun both send. The handlers are restored afterwards, and left alone outside the main thread, where
-    Python cannot set them."""
+    """Within the context, SIGTERM and Ctrl-C request a stop: the loop saves and exits. Another signal more than
+    one second later ends the process at once; before that, it counts as the same request, because schedulers
+    and torchrun both send one. The handlers are restored afterward, and left alone outside the main thread,
+    where Python cannot set them."""
     stop = SimpleNamespace(signal=None)
 
     def ask(number, frame):
@@ -668,13 +668,13 @@ class Meter:
         self.reset()
 
     def reset(self):
-        """Start anew, also the clock."""
+        """Clear the sums and restart the clock."""
         self.names, self.sums, self.count = (), 0, 0
         self.start, self.waited = time.perf_counter(), 0.0
 
     def next_batch(self, batches, images):
-        """The next batch. Counts the time waited for it, and names each unreadable file once; ends with an
-        error if over 5 % of the `images` of this process are unreadable."""
+        """The next batch. Measures the time spent waiting for it, and names each unreadable file once; exits
+        with an error if over 5 % of the `images` of this process are unreadable."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
@@ -683,7 +683,7 @@ class Meter:
             print(f"warning: cannot read {wrong}; another image replaces it", file=sys.stderr, flush=True)
         self.seen += len(batch["unreadable"])
         if len(self.unreadable) > 0.05 * min(images, max(self.seen, 400)):
-            fail(f"{len(self.unreadable)} images so far are unreadable, over 5 %: see the warnings above")
+            fail(f"{len(self.unreadable)} images are unreadable so far, over 5 %: see the warnings above")
         return batch
 
     def add(self, values):
@@ -692,7 +692,7 @@ class Meter:
         self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
     def read(self, images):
-        """Means over micro-batches of `images` images and processes, images per second, share of waiting."""
+        """Means over processes and micro-batches of `images` images, images per second, share of time waiting."""
         means = sum_over_processes(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * images / seconds, self.waited / seconds
@@ -702,7 +702,7 @@ class Meter:
 
 
 def check_finite(record, done, rank):
-    """End all processes alike if the loss or its gradient was not finite since the last log line. Nothing has
+    """Exit in all processes if the loss or its gradient was not finite since the last log line. Nothing has
     been saved since then."""
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
@@ -714,15 +714,15 @@ def check_finite(record, done, rank):
 
 
 def peak_memory(device):
-    """Largest memory that this process has held, in GiB: allocated on the GPU, or resident on the CPU."""
+    """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class Log:
-    """metrics.jsonl, one record a line, and TensorBoard's log on request. Records from `step` on, left by a
-    run that went further before it died, are cut off."""
+    """metrics.jsonl, one record per line, and a TensorBoard log on request. Records after `step`, left by a run
+    that died after its last checkpoint, are removed."""
 
     def __init__(self, folder, step, tensorboard=False):
         self.path, self.board = folder / "metrics.jsonl", None
@@ -749,7 +749,7 @@ class Log:
 
 
 def write_file(path, write):
-    """Let `write` fill a file under a temporary name, then rename it: a file of this name is always whole."""
+    """Let `write` fill a temporary file, then rename it: the file at `path` is always complete."""
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -758,7 +758,7 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns what the file system says into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns a file system error into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -776,7 +776,7 @@ def save_checkpoint(path, args, step, modules, **more):
     write_file(path, lambda file: torch.save({**state, "settings": vars(args), "step": step, **more}, file))
 
 
-# Settings that a resumed run may change. What they must share is checked by load_checkpoint.
+# Settings that a resumed run may change. load_checkpoint checks that all others are the same.
 MAY_CHANGE = {
     "data", "folder", "val", "out", "init", "workers", "device", "precision", "compile", "grad_checkpoint",
     "log_every", "save_minutes", "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr",
@@ -785,12 +785,12 @@ MAY_CHANGE = {
 
 
 def load_checkpoint(path, args, modules, world_size, device, say=print):
-    """Resume: load the states of `modules` from a checkpoint and return its content, or None if there is no
-    such file. Ends with an error if the checkpoint is damaged or belongs to another run; says which settings
-    have changed."""
+    """Resume: load the states of `modules` from a checkpoint and return its contents, or None if there is no
+    such file. Exits with an error if the checkpoint is damaged or belongs to another run; prints which
+    settings have changed."""
     saved = None
     if path.exists():
-        # Compare the settings: some may change, others would make it another run.
+        # Compare the settings: some may change; changing the others would make it a different run.
         try:
             saved = loca.read_torch_file(path)
             old, new = saved["settings"], vars(args)
@@ -803,7 +803,7 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
                 continue
             name = "its" if key == "images" else flag(key)
             if key not in MAY_CHANGE:
-                fail(f"{path} was made with {name} {old[key]}, not {new[key]}: give that, or another --out")
+                fail(f"{path} was made with {name} {old[key]}, not {new[key]}: use the former, or another --out")
             say(f"resuming with {name} {new[key]}, formerly {old[key]}")
             if key in ("steps", "epochs"):
                 say("the learning rate now follows the schedule of the new length")
@@ -824,7 +824,7 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
 
 def held_out_batches(images, args, device, indices):
     """Yield batches of at most 32 held-out images on the device, with the same views and masks at each
-    evaluation. An epoch number of its own keeps these views apart from those of training."""
+    evaluation. A reserved epoch number gives views that training never uses."""
     dataset = Views(images, args)
     for start in range(0, len(indices), 32):
         seed_all(args.seed, start)
@@ -835,7 +835,7 @@ def held_out_batches(images, args, device, indices):
 @torch.no_grad()
 def evaluate(model, teacher, images, args, rank, world_size, device):
     """Held-out position accuracy and loss, and how spread out the features are -> dict of floats. Each
-    process takes as many images; stochastic depth is off."""
+    process takes the same number of images; stochastic depth is off."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     names = ("position_accuracy", "position_loss", "prototype_perplexity", "target_entropy")
     sums, tokens = 0.0, []
@@ -853,11 +853,11 @@ def evaluate(model, teacher, images, args, rank, world_size, device):
 
 
 def feature_spread(tokens):
-    """Tokens [M, D] -> feature_std, the deviation of the unit vectors (1 if they fill all directions, 0 if
-    all are the same), and effective_rank, 1..D: exp of the entropy of the normalized singular values (Roy and
-    Vetterli 2007)."""
+    """Tokens [M, D] -> feature_std, the standard deviation of the unit vectors (1 if they fill all directions,
+    0 if all are the same), and effective_rank, 1..D: exp of the entropy of the normalized singular values (Roy
+    and Vetterli 2007)."""
     unit = F.normalize(tokens, dim=-1)
-    # The singular values of a tall matrix are the roots of those of its small D x D product with itself.
+    # The singular values of a tall matrix X are the square roots of those of the small D x D matrix X^T X.
     centered = (tokens - tokens.mean(0)).cpu()
     values = torch.linalg.svdvals(centered.T @ centered).sqrt()
     entropy = torch.special.entr(values / values.sum().clamp_min(1e-12)).sum()
@@ -865,13 +865,13 @@ def feature_spread(tokens):
 
 
 def warnings_of(record, done, total_steps, chances, prototypes):
-    """Yield (kind, text) for figures that show that a run does not learn; `chances`: chance level of a loss
+    """Yield (kind, text) for metrics that show that a run is not learning; `chances`: chance level of each loss
     by name."""
-    # A run needs some steps before its figures mean anything.
+    # A run needs some steps before its metrics mean anything.
     if done > max(200, total_steps // 4):
         for name, chance in chances.items():
             if record.get(name, 0) > 0.99 * chance:
-                yield "chance", f"a quarter of the steps is done and {name} is still at chance"
+                yield "chance", f"a quarter of the steps are done and {name} is still at chance"
     used = record["prototype_perplexity"]
     if prototypes and done > 200 and used < 0.02 * prototypes:
         yield "collapse", f"the predictions use {used:.0f} of {prototypes} prototypes"
@@ -881,9 +881,8 @@ def warnings_of(record, done, total_steps, chances, prototypes):
 
 @torch.no_grad()
 def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
-    """A picture of where the model places the patches of held-out queries. A row per image: the reference,
-    the colors of its positions, the random query, and its patches in the colors of their true and predicted
-    positions."""
+    """Draw where the model places the patches of held-out queries. One row per image: the reference, the colors
+    of its positions, the random query, and its patches in the colors of their true and predicted positions."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     everything = torch.arange(model.positions, device=device)
     batch, views = next(held_out_batches(images, args, device, range(min(rows, len(images)))))
@@ -902,7 +901,7 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
     palette = F.interpolate(corners[None], (grid, grid), mode="bilinear", align_corners=True)[0].flatten(1).T
     palette = torch.cat([palette, torch.full((1, 3), 110.0)])  # N+1,3
 
-    def cells(view, where=None):  # views [B, 3, s, s], under their patches in the colors of positions [B, N]
+    def cells(view, where=None):  # views [B, 3, s, s], patches tinted in the colors of positions [B, N]
         view = F.interpolate(view.float(), (side, side))
         if where is not None:
             colors = palette[where].transpose(1, 2).unflatten(2, (grid, grid))  # B,3,rows,columns
@@ -927,7 +926,7 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
 
 
 def main(args):
-    """Pretrain as the settings say, from the last checkpoint in --out if there is one."""
+    """Pretrain with these settings, resuming from the last checkpoint in --out if there is one."""
     # ---- processes: torchrun's environment, or a single one ----
     rank, world_size, device = init_distributed(args.device)
     args.precision = args.precision or default_precision(device)
@@ -938,8 +937,8 @@ def main(args):
     train_images, val_images = open_images(args)
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
-        fail(f"{len(train_images)} training images make no batch: use --batch {len(train_images)} or less")
-    # The rate grows in proportion to the batch, from the published 0.001 at 1024.
+        fail(f"{len(train_images)} training images do not fill a batch: use --batch {len(train_images)} or less")
+    # The learning rate scales linearly with the batch, from the published 0.001 at 1024.
     total_steps = args.steps or args.epochs * steps_per_epoch
     warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps // 2)
     peak_lr = args.lr * args.batch / 1024
@@ -962,11 +961,11 @@ def main(args):
         compile_blocks(model, teacher)
     net = model
     if world_size > 1:
-        static = args.accumulate == 1  # else micro-batches without communication come between
+        static = args.accumulate == 1  # otherwise some micro-batches run without communication
         net = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
 
     # ---- log ----
-    # Chance levels stand beside the losses, so that one sees at a glance whether something is learned.
+    # Chance levels are printed next to the losses, to show at a glance whether the model is learning.
     chances = {"position_loss": math.log(model.positions)} if args.position_weight else {}
     chances |= {"cross_entropy": math.log(args.prototypes)} if teacher else {}
     meter, log = Meter(device, world_size), Log(out, start_step, args.tensorboard) if rank == 0 else None
@@ -1019,7 +1018,7 @@ def main(args):
             epoch, into_epoch = divmod(done, steps_per_epoch)
             evaluate_now = done == total_steps or (into_epoch == 0 and epoch % args.val_every == 0)
             keep_now = args.keep and into_epoch == 0 and epoch % args.keep == 0
-            alone = world_size == 1 and stop.signal is not None  # several processes agree at a log line
+            alone = world_size == 1 and stop.signal is not None  # several processes agree only at log lines
             if not (evaluate_now or keep_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
@@ -1045,12 +1044,12 @@ def main(args):
                     f"{record['val_position_loss']:.3f} | features: spread {record['feature_std']:.2f} of 1, "
                     f"effective rank {record['effective_rank']:.0f} of {args.dim}"
                 )
-                meter.reset()  # the time of the evaluation is not the steps'
+                meter.reset()  # do not count the time of the evaluation
             used = args.prototypes if teacher else 0
             for kind, text in warnings_of(record, done, total_steps, chances, used):
                 if kind not in warned:
                     warned.add(kind)
-                    say(f"warning: {text}; see the README's questions")
+                    say(f"warning: {text}; see Questions in the README")
             if rank == 0:
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
                 if keep_now:
@@ -1061,7 +1060,7 @@ def main(args):
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
-                say(f"asked to stop: saved at step {done}; the same command resumes there")
+                say(f"asked to stop: saved at step {done}; the same command resumes from there")
                 end_processes()
                 sys.exit(EXIT_STOPPED)
 
@@ -1080,7 +1079,7 @@ def main(args):
 
 # --------------------------------------------------------------------------------------------- command line
 
-SMALL_PRESET = {  # for hundreds to thousands of images on a CPU; .github/EXPERIMENTS.md tells what was tried
+SMALL_PRESET = {  # for hundreds to thousands of images on a CPU; .github/EXPERIMENTS.md lists what was tried
     "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 768, "image_size": 64, "focal_size": 32, "focal": 4,
     "prototypes": 512, "head_hidden": 384, "bottleneck": 64, "batch": 32, "steps": 3600, "warmup_epochs": 3.0, "lr": 0.032,
     "momentum": 0.99, "teacher_temperature": 0.025, "val_every": 10, "log_every": 25, "out": "runs/small",
@@ -1103,7 +1102,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def number(kind, valid, rule):
-    """An argparse type: a number of `kind` for which `valid` holds, as `rule` says."""
+    """An argparse type: a number of `kind` for which `valid` holds; `rule` describes valid values."""
 
     def parse(text):
         value = kind(text)
@@ -1123,13 +1122,13 @@ share_or_0 = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def add_run_flags(parser):
-    """The flags that both scripts have."""
+    """The flags shared by both scripts."""
     # fmt: off
     g = parser.add_argument_group("run")
     g.add_argument("--device", help="cuda, mps or cpu; default: the first one available")
     g.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
     g.add_argument("--workers", type=count_or_0, help="loader processes per device; default: its share of the cores, at most 12")
-    g.add_argument("--log-every", type=count, default=20, help="steps between log lines; several processes stop only there")
+    g.add_argument("--log-every", type=count, default=20, help="steps between log lines; a run of several processes stops only at one")
     g.add_argument("--save-minutes", type=positive_or_0, default=10.0, help="minutes between checkpoints")
     g.add_argument("--seed", type=count_or_0, default=0, help="seed of everything random")
     # fmt: on
@@ -1143,32 +1142,32 @@ def make_parser():
     # fmt: off
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder of images, at any depth; default: drawn scenes and a tiny model")
-    g.add_argument("--val", metavar="DIR", help="folder of held-out images; default: a part of --data")
-    g.add_argument("--val-images", type=count_or_0, default=500, help="held-out images, at most a tenth of --data")
-    g.add_argument("--val-every", type=count, default=1, metavar="E", help="epochs between held-out figures; raise it for few images")
-    g.add_argument("--scenes", type=count, default=1280, help="drawn scenes to train on, without --data")
+    g.add_argument("--val", metavar="DIR", help="folder of held-out images; default: part of --data")
+    g.add_argument("--val-images", type=count_or_0, default=500, help="number of held-out images; at most a tenth of --data")
+    g.add_argument("--val-every", type=count, default=1, metavar="E", help="epochs between held-out evaluations; raise it for few images")
+    g.add_argument("--scenes", type=count, default=1280, help="number of drawn scenes to train on, without --data")
     g.add_argument("--small", **yes_no, help="a preset for hundreds of images and a CPU: small model, views and batch; half an hour on two cores")
     g = parser.add_argument_group("views")
     g.add_argument("--image-size", type=count, default=224, help="side of the reference and the random query, pixels")
     g.add_argument("--focal-size", type=count, default=96, help="side of the focal queries, pixels")
     g.add_argument("--focal", type=count_or_0, default=9, help="focal queries per image; fewer is faster")
-    g.add_argument("--query-tokens", type=count, help="tokens of the random query that are encoded; default: 5 of 14")
-    g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="share of the image that the reference covers")
-    g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="share of the image that a focal query covers")
-    g.add_argument("--blur", **yes_no, help="blur as the paper intends it; the released code never blurs")
+    g.add_argument("--query-tokens", type=count, help="tokens of the random query that are encoded; default: 5/14 of them")
+    g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="range of the share of the image that the reference and the random query cover")
+    g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="range of the share of the image that a focal query covers")
+    g.add_argument("--blur", **yes_no, help="blur views as the paper intends; the released code never blurs")
     g = parser.add_argument_group("method")
-    g.add_argument("--init", metavar="FILE", help="weights to start from: published (flax), of an earlier run, or of any ViT")
-    g.add_argument("--model", choices=list(loca.SIZES), help="size; default: that of --init, else B/16; the next five flags change parts of it")
+    g.add_argument("--init", metavar="FILE", help="initial weights: published (flax), from an earlier run, or from any ViT")
+    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=count, help="side of a patch, pixels; smaller for small images")
     g.add_argument("--dim", type=count, help="width")
     g.add_argument("--depth", type=count, help="number of blocks")
     g.add_argument("--heads", type=count, help="attention heads")
     g.add_argument("--mlp-dim", type=count, help="hidden width of a block's MLP")
-    g.add_argument("--position-std", type=positive, help="deviation of the initial position embedding; default: width ** -0.5; 1 learns positions sooner")
-    g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth of the last block")
+    g.add_argument("--position-std", type=positive, help="standard deviation of the initial position embedding; default: width ** -0.5; 1 learns positions sooner")
+    g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth rate of the last block")
     g.add_argument("--prototypes", type=count_or_0, default=4096, help="clusters of the feature loss; fewer for small data")
     g.add_argument("--head-hidden", type=count, default=2048, help="hidden width of the projection head")
-    g.add_argument("--bottleneck", type=count, default=256, help="width in which features are compared with prototypes")
+    g.add_argument("--bottleneck", type=count, default=256, help="width of the features that are compared with prototypes")
     g.add_argument("--masking-ratio", type=share_or_0, default=0.8, help="eta, the share of reference tokens that are hidden from the queries")
     g.add_argument("--masking", default="consecutive", choices=list(loca.MASKING), help="which reference tokens stay visible")
     g.add_argument("--student-temperature", type=positive, default=0.1, help="temperature of the student's cluster prediction")
@@ -1183,8 +1182,8 @@ def make_parser():
     g.add_argument("--accumulate", type=count, default=1, help="micro-batches per step, to save memory; Sinkhorn sees one at a time")
     g.add_argument("--lr", type=positive, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024")
     g.add_argument("--warmup-epochs", type=positive_or_0, default=15.0, help="epochs of linear warm-up, at most half the run")
-    g.add_argument("--weight-decay", type=positive_or_0, default=0.1, help="weight decay of AdamW, on matrices only")
-    g.add_argument("--clip", type=positive_or_0, default=1.0, help="largest gradient norm; 0: no clipping")
+    g.add_argument("--weight-decay", type=positive_or_0, default=0.1, help="weight decay of AdamW, for matrices only")
+    g.add_argument("--clip", type=positive_or_0, default=1.0, help="maximum gradient norm; 0: no clipping")
     g.add_argument("--momentum", type=share_or_0, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
     g = add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run found there is resumed")
@@ -1207,7 +1206,7 @@ def check_batch(args, parser):
     if args.batch % shares:
         nearest = max(1, round(args.batch / shares)) * shares
         parser.error(
-            f"--batch {args.batch} is not a multiple of {shares} processes x --accumulate: try {nearest}"
+            f"--batch {args.batch} is not a multiple of {shares} (processes x --accumulate): try {nearest}"
         )
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1221,7 +1220,7 @@ def parse_args(arguments=None):
     given = parser.parse_args(arguments)
     preset = SMALL_PRESET if given.small else SCENES_PRESET if given.data is None else {}
     preset = {"epochs": 100, **loca.SIZES["B/16"], **preset}
-    if given.init:  # its sizes, unless others are given
+    if given.init:  # its sizes are the defaults
         try:
             sizes = loca.load_weights(given.init).sizes
         except (OSError, ValueError, ImportError) as error:
@@ -1242,9 +1241,9 @@ def parse_args(arguments=None):
             parser.error(f"{flag(name)}: the first share must not exceed the second")
     one_loss = args.single_image or not args.feature_weight
     if not args.position_weight and one_loss:
-        parser.error("--position-weight 0 and no feature loss: nothing is left to learn from")
+        parser.error("--position-weight 0 without the feature loss: nothing is left to optimize")
     if not args.prototypes and not one_loss:
-        parser.error("--prototypes 0: the feature loss needs some; --feature-weight 0 leaves it out")
+        parser.error("--prototypes 0: the feature loss needs prototypes; --feature-weight 0 turns it off")
     try:
         with torch.device("meta"):
             build_model(args)

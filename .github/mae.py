@@ -59,7 +59,7 @@ def main(folder, out, steps=2700):
     precision = train.default_precision(device)
     torch.manual_seed(0)
     names = train.find_images(folder)
-    photos = [train.read_image(Path(folder, names[i])) for i in range(len(names))]
+    photos = [train.Images(folder, names).image(i) for i in range(len(names))]
     photos = [v2.functional.resize(photo, 160) for photo in photos]
     crop = v2.Compose([v2.RandomResizedCrop(SIZE, (0.2, 1)), v2.RandomHorizontalFlip()])
 

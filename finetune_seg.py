@@ -1,9 +1,9 @@
 """Segmentation with a linear decoder on a ViT: train, evaluate, predict (Segmenter, Strudel et al. 2021).
 
 `python finetune_seg.py` fine-tunes on drawn scenes; `--data NAME:DIR` takes a data set in its public layout,
-and `--data folder:DIR` your own images and masks; `--init FILE` gives the weights to start from. Label 255 is
-ignored everywhere. Every random draw is a function of the seed and of the step or image that it is for, so a
-resumed run continues as if it had never stopped.
+and `--data folder:DIR` takes your own images and masks; `--init FILE` gives the initial weights. Label 255 is
+ignored everywhere. Every random draw depends only on the seed and on its step or image, so a resumed run
+continues as if it had never stopped.
 """
 
 import argparse
@@ -35,8 +35,8 @@ import loca
 import train
 from train import count, count_or_0, fail, positive, positive_or_0, share, share_or_0
 
-IGNORED, ILLEGAL = 255, 254  # labels: not counted anywhere; stands for no class of the data set
-HELD_OUT = 5  # every fifth image validates where a data set has no validation part
+IGNORED, ILLEGAL = 255, 254  # labels: excluded everywhere; not a class of the data set
+HELD_OUT = 5  # every fifth image is held out if a data set has no validation part
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -46,14 +46,14 @@ HELD_OUT = 5  # every fifth image validates where a data set has no validation p
 class DataSet:
     """One data set: where its files are, how a mask becomes class indices, and the protocol's defaults.
 
-    layouts: patterns of the images and of their masks, and optionally of a list of names and an offset that
-    mask numbers of the training part have. They are tried in turn in the folder, in `roots` below it and in
-    its subfolders. An image and a mask belong together if their stars stand for the same text, or their '#'
-    for the same number; '|' separates alternatives, '.*' at the end is any image extension. Without {split}
-    every fifth image validates. splits: what {split} stands for. values: class of each value of an integer
-    mask; None if the value is the class. colors: class of each RGB color. integers: whether masks may hold
-    integers. stray: share of a mask's pixels that may stand for no class; they are ignored. base_size 0: each
-    image's own size.
+    layouts: patterns of the images and of their masks, optionally that of a list of names, and optionally an
+    offset of the mask numbers in the training part. They are tried in turn in the folder, in `roots` below it
+    and in its subfolders. An image and a mask belong together if their stars match the same text, or their
+    '#' the same number; '|' separates alternatives, '.*' at the end matches any image extension. Without
+    {split}, every fifth image is held out. splits: the values of {split}. values: class of each value of an
+    integer mask; None if the value is the class. colors: class of each RGB color. integers: whether masks may
+    hold integers. stray: largest share of a mask's pixels that may belong to no class; they are ignored.
+    base_size 0: each image's own size.
     """
 
     classes: tuple
@@ -77,17 +77,17 @@ class DataSet:
 
 
 def names_of(text):
-    """Class names from a text that separates them by commas."""
+    """Class names from comma-separated text."""
     return tuple(" ".join(name.split()) for name in text.split(","))
 
 
 def colors_of(text):
-    """RGB colors from a text of hexadecimal words."""
+    """RGB colors from hexadecimal words separated by spaces."""
     return tuple(tuple(bytes.fromhex(word)) for word in text.split())
 
 
 def shifted(classes):
-    """Mask values 1..classes are the classes 0..classes-1, and 0 is ignored."""
+    """Mask values 1..classes map to classes 0..classes-1, and 0 is ignored."""
     return {0: IGNORED, **{k + 1: k for k in range(classes)}}
 
 
@@ -137,7 +137,7 @@ CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED) | {
     i: k for k, i in enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
 }
 CAMVID = names_of("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
-CAMVID_COLORS = {  # the 32 colors of the original, grouped as SegNet did; the first of a class paints it
+CAMVID_COLORS = {  # the 32 original colors, grouped as in SegNet; the first of each class is its palette color
     0: colors_of("808080"),
     1: colors_of("800000 008040 c00080 40c000 400040"),  # building, bridge, archway, wall, tunnel
     2: colors_of("c0c080 000040"),  # pole, traffic cone
@@ -173,7 +173,7 @@ def by_color(palette):
 
 
 # Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow
-# the nearest of these. Where files come from and their traps: the README's table.
+# the nearest of these. The README's table lists where to get the files, and their pitfalls.
 VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
 CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
@@ -237,7 +237,7 @@ DATASETS = {
 
 
 def find_files(root, patterns):
-    """Files below `root` that fit one of the patterns, by what the stars and '#' of the pattern stand for."""
+    """Files below `root` that match one of the patterns, keyed by the text that its stars and '#' match."""
     found, extension = {}, "|".join(map(re.escape, train.EXTENSIONS))
     for pattern in reversed(patterns.split("|")):  # the first alternative wins
         regex = re.sub(r"\\\.\\\*$", lambda _: f"(?i:{extension})", re.escape(pattern))
@@ -255,8 +255,8 @@ def find_files(root, patterns):
 
 
 def search_layouts(name, folder, split):
-    """(pairs, whether the layout has parts) of the first layout that is there whole; None for pairs if none
-    is. Ends with an error if the only ones that are there lack files."""
+    """(pairs, whether the layout has parts) of the first complete layout; pairs is None if no layout is
+    found. Exits with an error if files are missing from every layout that is found."""
     data, problem = DATASETS[name], None
     part = dict(zip(("train", "val", "test"), data.splits))[split]
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
@@ -269,7 +269,7 @@ def search_layouts(name, folder, split):
         if offset and split == "train":
             mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
         wanted = sorted(image_files)
-        if listing:  # names, or paths of images, one a line
+        if listing:  # names, or paths of images, one per line
             lines = Path(listing).read_text().splitlines()
             wanted = sorted({(Path(line.split()[0]).stem,) for line in lines if line.strip()})
         missing = [(key, kind) for kind, files in (("image", image_files), ("mask", mask_files))
@@ -288,7 +288,7 @@ def search_layouts(name, folder, split):
 
 
 def find_pairs(name, folder, split):
-    """(image file, mask file) of a split, in the order of names. Ends with an error if files are missing."""
+    """(image file, mask file) pairs of a split, in name order. Exits with an error if files are missing."""
     pairs, has_parts = search_layouts(name, folder, split)
     if name == "folder" and has_parts and split != "test" and search_layouts(name, folder, "val")[0] is None:
         pairs, has_parts = search_layouts(name, folder, "train")[0], False
@@ -306,8 +306,8 @@ def find_pairs(name, folder, split):
 
 
 def read_class_list(folder):
-    """Classes of a folder from classes.txt ('name' or 'name R G B' a line, 'ignore' for what does not count)
-    or CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors; None if there is
+    """Classes of a folder from classes.txt ('name' or 'name R G B' per line, 'ignore' for ignored pixels) or
+    CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors; None if there is
     neither."""
     entries, color = [], r"(\d+)\D+(\d+)\D+(\d+)"
     for file, pattern in (
@@ -325,7 +325,7 @@ def read_class_list(folder):
         return None
     names = [name for name, _ in entries if name != "ignore"]
     if len(names) < 2:
-        fail(f"{folder}: its list of classes has fewer than two: {', '.join(names)}")
+        fail(f"{folder}: its class list has fewer than two classes: {', '.join(names)}")
     indices = [IGNORED if name == "ignore" else names.index(name) for name, _ in entries]
     values, colors, palette = dict(enumerate(indices)), {}, list(voc_palette(len(names)))
     for index, (_, color) in zip(indices, entries):
@@ -360,28 +360,27 @@ class Labeled:
         return self.pairs[i][0]
 
     def labels(self, i):
-        """Class indices of a mask, and the number of pixels that stand for no class and are ignored. Raises
+        """Class indices of a mask, and the number of pixels that belong to no class and are ignored. Raises
         ValueError if there are too many of these."""
         with Image.open(self.pairs[i][1]) as mask:
             if mask.format == "JPEG":
-                raise ValueError("JPEG changes the values of a mask when it compresses; save masks as PNG")
+                raise ValueError("JPEG changes the values of a mask; save masks as PNG")
             by_palette = mask.mode == "P" and self.data.colors and not self.data.palette_indices
             colored = mask.mode in ("RGB", "RGBA") or by_palette
             raw = np.asarray(mask.convert("RGB") if colored else mask)
         if colored and not self.data.colors:
             raise ValueError(
-                "it holds RGB colors, not class indices; a folder's classes.txt can name its colors"
+                "it holds RGB colors, not class indices; for folder:DIR, list the colors in a classes.txt"
             )
         if colored:
             raw = (raw >= 128) * np.uint8(255) if self.data.rounded else raw
             labels = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]]
         elif not self.data.integers or raw.ndim != 2 or raw.dtype.kind == "f":
             expected = "class indices" if self.data.integers else "RGB colors"
-            raise ValueError(f"it is of mode {mask.mode}, but masks of this data set hold {expected}")
-        else:  # negative and too large values take the last entry, which is illegal
+            raise ValueError(f"it has mode {mask.mode}, but masks of this data set hold {expected}")
+        else:  # negative values and values that are too large take the last entry, which is illegal
             labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
-        # A few stray colors, as compression or a slip of the brush leaves them, are ignored; many are an
-        # error.
+        # A few stray colors, left by compression or imprecise painting, are ignored; many are an error.
         wrong = labels == ILLEGAL
         if wrong.mean() > self.data.stray:
             value = raw[wrong][0].tolist()
@@ -389,8 +388,8 @@ class Labeled:
         return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
 
     def fit(self, labels, height, width):
-        """Labels of the size of their image. Raises ValueError if they are not of that size and may not be
-        cropped."""
+        """Labels, cropped to the size of their image if the data set allows it. Raises ValueError if the
+        sizes differ otherwise."""
         if self.data.crop_masks and labels.shape[0] >= height and labels.shape[1] >= width:
             labels = labels[:height, :width]
         if labels.shape != (height, width):
@@ -403,9 +402,9 @@ class Labeled:
         Raises ValueError, OSError."""
         labels, stray = self.labels(i)
         try:
-            with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs all of it
+            with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
                 width, height = image.size
-                if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # lies on its side
+                if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # rotated by 90 degrees
                     width, height = height, width
         except OSError as error:
             raise ValueError(f"its image {self.name(i)} cannot be read: {error}") from error
@@ -419,7 +418,7 @@ class Labeled:
 
 
 class DrawnScenes(Labeled):
-    """Drawn scenes by index with their labels; seeds instead of pairs of files."""
+    """Drawn scenes with their labels, by index; `pairs` holds seeds instead of pairs of files."""
 
     def __init__(self, seeds):
         self.pairs = seeds
@@ -433,9 +432,9 @@ class DrawnScenes(Labeled):
 
 
 def check_masks(parts, rank, world_size, device):
-    """Read all masks once, shared by the processes -> pixels by label [256], stray pixels, cropped masks,
-    mean short side of the images. Ends with an error that names masks that are wrong."""
-    # Every process reads a share of the masks with several threads; the sums make all of them agree.
+    """Read all masks once, shared among the processes -> pixels by label [256], stray pixels, cropped masks,
+    mean short side of the images. Exits with an error that names invalid masks."""
+    # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     jobs = [(part, i) for part in parts for i in range(len(part))][rank::world_size]
 
     def check(job):
@@ -451,13 +450,13 @@ def check_masks(parts, rank, world_size, device):
     sums = np.sum([figures for figures, _ in results], axis=0) if results else np.zeros(259)
     *sums, found = train.sum_over_processes([*sums, float(len(wrong))], device)
     if found:
-        fail(f"{found:.0f} masks are wrong; {'; '.join(wrong[:3]) or 'another process names them'}")
+        fail(f"{found:.0f} masks are invalid; {'; '.join(wrong[:3]) or 'another process names them'}")
     return np.array(sums[:256]), sums[256], sums[257], sums[258] / sum(map(len, parts))
 
 
 def open_data(args, splits, rank, world_size, device, say, classes=None):
-    """The named splits of --data with their masks checked, the class names, and the palette. classes: the
-    names that a checkpoint carries, of which the data set must have as many."""
+    """The given splits of --data with their masks checked, the class names, and the palette. classes: the
+    class names in a checkpoint; the data set must have the same number of classes."""
     name, folder = args.name, args.folder
     if name == "scenes":
         seeds = {"train": range(args.scenes), "val": range(10**6, 10**6 + VAL_SCENES)}
@@ -475,7 +474,7 @@ def open_data(args, splits, rank, world_size, device, say, classes=None):
     pixels, stray, cropped, short = check_masks(parts, rank, world_size, device)
     say(f"{sum(map(len, parts))} masks checked in {time.perf_counter() - start:.1f} s")
     if stray:
-        say(f"note: {stray:.0f} pixels ({stray / pixels.sum():.2%}) stand for no class and are ignored")
+        say(f"note: {stray:.0f} pixels ({stray / pixels.sum():.2%}) belong to no class and are ignored")
     if cropped:
         say(f"note: {cropped:.0f} masks cropped to their images")
     if args.base_size and short > 3 * args.base_size:
@@ -495,23 +494,23 @@ def check_classes(flag, pixels, names, known):
     classes = [k for k in values if k != IGNORED]
     reason, ignored = None, pixels[IGNORED] / pixels.sum()
     if len(classes) < 2:
-        reason = "fewer than two classes, as 255 means ignored"
+        reason = "fewer than two classes, because 255 means ignored"
     elif not known and classes != list(range(len(classes))):
-        reason = "which has gaps"
+        reason = "the sequence has gaps"
     elif not known and ignored > 0.25:
-        reason = f"and 255, which means ignored, fills {ignored:.0%} of the pixels, like a class"
+        reason = f"255, which means ignored, fills {ignored:.0%} of the pixels, as a class would"
     if reason:
         shown = ", ".join(map(str, values[:20])) + ", ..." * (len(values) > 20)
         fail(
-            f"{flag}: the masks hold the values {shown}: {reason}. Write a classes.txt into the folder with a "
+            f"{flag}: the masks hold the values {shown}: {reason}. Add a classes.txt to the folder with one "
             "line per class, 'NAME R G B' with its color or gray value in the masks (object 255 255 255; ignore "
-            "R G B for what does not count), or give --classes N for masks with the values 0..N-1"
+            "R G B for ignored pixels), or give --classes N for masks with the values 0..N-1"
         )
     return names if known else names[: len(classes)]
 
 
 def choose_subset(images, fraction, seed):
-    """Indices of a share of the images, sorted; for one seed a smaller subset lies within a larger one."""
+    """Sorted indices of a share of the images; for one seed, smaller subsets are part of larger ones."""
     return np.sort(np.random.default_rng(seed).permutation(images)[: max(1, round(images * fraction))])
 
 
@@ -519,7 +518,7 @@ def choose_subset(images, fraction, seed):
 
 
 def scaled_size(height, width, short):
-    """(height, width) of the same aspect, the short side `short`, the long side at most 4 times that."""
+    """(height, width) with the same aspect ratio, short side `short`, and long side at most 4 times that."""
     scale = min(short / min(height, width), 4 * short / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -527,8 +526,8 @@ def scaled_size(height, width, short):
 def choose_crop(labels, crop, rng, most=0.75, redraws=10):
     """(top, left, height, width) of a random crop of labels uint8 [H, W], no larger than they are.
 
-    One in which a single class fills over `most` of the labeled pixels is drawn again, up to `redraws` times
-    (Segmenter's 75 % rule); so is one without any labeled pixel.
+    A crop in which one class fills over `most` of the labeled pixels is drawn again, up to `redraws` times
+    (Segmenter's 75 % rule); so is a crop without labeled pixels.
     """
     height, width = min(crop[0], labels.shape[0]), min(crop[1], labels.shape[1])
     for _ in range(redraws + 1):
@@ -570,7 +569,7 @@ def augment(image, labels, crop, base_size, rng):
     The crop is cut before it is scaled, so the cost does not depend on the size of the image. base_size 0:
     the image's own size.
     """
-    # The crop is chosen in pixels of the image, of the size that scaling turns into the wanted one.
+    # The crop is chosen in pixels of the image, with the size that scaling turns into `crop`.
     base = base_size or min(labels.shape)
     size = scaled_size(*labels.shape, base * rng.uniform(0.5, 2.0))
     scale = [new / old for new, old in zip(size, labels.shape)]
@@ -590,10 +589,10 @@ def augment(image, labels, crop, base_size, rng):
 
 
 class Crops(Dataset):
-    """Training crops by (epoch, index), which seed them; an index beyond the images starts over.
+    """Training crops by (epoch, index), which seed them; an index beyond the last image wraps around.
 
     Items: image uint8 [3, *crop], labels uint8 [*crop], and unreadable: '' or what was wrong with a file that
-    another one replaces.
+    was replaced by another one.
     """
 
     def __init__(self, source, args):
@@ -607,7 +606,7 @@ class Crops(Dataset):
 
 
 class Whole(Dataset):
-    """Whole images by index, for evaluation; an unreadable one is named and has no pixels."""
+    """Whole images by index, for evaluation; an unreadable image yields its name and error without pixels."""
 
     def __init__(self, source):
         self.source = source
@@ -627,7 +626,7 @@ class Segmenter(nn.Module):
     """A ViT and a linear layer on its patch tokens: images [B, 3, H, W] -> class logits float32 [B, C, H, W].
 
     encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. frozen: the
-    encoder stays as it is, in evaluation mode and without gradient (linear probe).
+    encoder is not trained; it stays in evaluation mode and gets no gradients (linear probe).
     """
 
     def __init__(self, encoder, classes, frozen=False):
@@ -652,7 +651,7 @@ class Segmenter(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A ViT of timm by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D],
+    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D],
     without class and register tokens."""
 
     def __init__(self, name, image_size, drop_path, **weights):
@@ -661,7 +660,7 @@ class TimmEncoder(nn.Module):
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
         self.model = timm.create_model(name, num_classes=0, **sizes, **weights)
         self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.patch_size[0]
-        # Models differ in how they normalize pixels: turn this project's normalization into theirs.
+        # Models differ in how they normalize pixels: convert this project's normalization to the model's.
         config = self.model.pretrained_cfg
         own = [
             torch.tensor(config.get(key, d))[:, None, None]
@@ -691,14 +690,14 @@ def build_model(args, classes, **weights):
 
 
 def choose_encoder(args, say):
-    """Settle the sizes of the encoder, from flags, --model, the run folder's checkpoint, --init, or B/16, in
-    this order -> the weights of --init, or None."""
+    """Set the encoder's sizes from the flags, --model, the run folder's checkpoint, --init, or B/16, in this
+    order -> the weights of --init, or None."""
     last, weights = Path(args.out, "last.pt"), None
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = {**loca.SIZES["B/16"], "class_token": False}
     try:
         if args.encoder:
-            with torch.device("meta"):  # for its sizes alone
+            with torch.device("meta"):  # only for its sizes
                 model = loca.import_optional("timm").create_model(args.encoder.removeprefix("timm:"))
             sizes = {"patch_size": model.patch_embed.patch_size[0], "dim": model.embed_dim}
         elif last.exists():  # its weights replace those of --init
@@ -723,7 +722,7 @@ def choose_encoder(args, say):
 
 
 def settle_windows(args):
-    """Crop, window and stride as (height, width): what was given, or args.usual, fitted to the patch size."""
+    """Set crop, window and stride to [height, width]: as given, or args.usual adapted to the patch size."""
     patch, usual = args.patch_size, args.__dict__.pop("usual")
     crop = args.crop or [-(-side // patch) * patch for side in pair(usual["window"])]
     args.crop, args.window = pair(crop), pair(args.window or crop)
@@ -748,9 +747,9 @@ def pair(sides):
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """Parameters by scale of the learning rate and by weight decay. The decoder and the last norm have scale
-    1, each block `layer_decay` times that of the block above; decay applies to tensors of two and more
-    dimensions only."""
+    """Parameter groups by learning rate scale and weight decay. The decoder and the last norm have scale 1,
+    each block `layer_decay` times that of the block above; weight decay applies only to tensors with two or
+    more dimensions."""
     names = [name for name, _ in model.named_parameters()]
     blocks = [re.match(r"encoder\.(?:model\.)?blocks\.(\d+)\.", name) for name in names]
     depth, groups = 1 + max((int(block[1]) for block in blocks if block), default=0), {}
@@ -764,7 +763,7 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 
 def make_optimizer(model, args, device):
-    """SGD with Nesterov momentum, as Segmenter's, or AdamW; each group has a "scale" of the learning rate."""
+    """SGD with Nesterov momentum, as in Segmenter, or AdamW; each group has a learning rate "scale"."""
     groups, fused = (
         parameter_groups(model, args.weight_decay, args.layer_decay),
         device.type in ("cuda", "cpu"),
@@ -781,7 +780,7 @@ def learning_rate(step, steps, peak, floor=1e-5):
 
 
 def segmentation_loss(logits, labels):
-    """Mean cross-entropy of logits [B, C, H, W] where the label uint8 [B, H, W] is not 255; 0 without any."""
+    """Mean cross-entropy of logits [B, C, H, W] where labels uint8 [B, H, W] are not 255; 0 if all are."""
     labels = labels.long()
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
@@ -790,7 +789,7 @@ def segmentation_loss(logits, labels):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-LARGEST = 2**28  # probabilities that a prediction holds at a time, 1 GiB
+LARGEST = 2**28  # maximum number of probabilities held at once by a prediction, 1 GiB
 
 
 def window_starts(length, window, stride):
@@ -823,8 +822,8 @@ def sliding_window(model, image, window, stride, batch):
 
 
 def class_probabilities(model, image, args, size=None):
-    """Image uint8 [3, H, W] -> probabilities [C, *size], by default at its own size: logits resized to it,
-    softmax, with --multi-scale the mean over scales and flips."""
+    """Image uint8 [3, H, W] -> probabilities [C, *size], by default at the image's own size: the softmax of
+    logits resized to it; with --multi-scale, the mean over scales and flips."""
     size, pixels, total = size or image.shape[-2:], train.normalize(image), 0.0
     scales, flips = (SCALES, (False, True)) if args.multi_scale else ((1.0,), (False,))
     for scale in scales:
@@ -843,7 +842,7 @@ def class_probabilities(model, image, args, size=None):
 
 def segment(model, image, args, classes):
     """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not
-    fit into memory is predicted at a smaller size."""
+    fit in memory is predicted at a smaller size."""
     size = image.shape[-2:]
     # Memory grows with classes times pixels.
     fraction = LARGEST / (classes * math.prod(size))
@@ -853,16 +852,16 @@ def segment(model, image, args, classes):
 
 
 def confusion(truth, predicted, classes):
-    """Pixels by true class (rows) and predicted class (columns), long [C, C]; truth 255 is left out."""
+    """Pixels by true class (rows) and predicted class (columns), long [C, C]; truth 255 is excluded."""
     counted = truth != IGNORED
-    # Each pair of true and predicted class has a number of its own, and a histogram counts the pairs.
+    # Each pair of true and predicted class has its own number, and a histogram counts the pairs.
     index = truth[counted].long() * classes + predicted[counted].long()
     return torch.bincount(index, minlength=classes**2).view(classes, classes)
 
 
 def scores(matrix):
-    """Figures in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy, and both by
-    class: NaN if a class is in neither truth nor prediction. Such classes are left out of the means."""
+    """Metrics in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy, and IoU and
+    accuracy by class, NaN if a class is in neither truth nor prediction. The means exclude such classes."""
     matrix = np.asarray(matrix, np.float64)
     right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore"):
@@ -874,22 +873,22 @@ def scores(matrix):
 
 
 def average_precision(confidence, present):
-    """Mean of the precisions at each positive: confidence float [n], present bool [n] -> 0..1. Equal
-    confidences count together."""
+    """Mean of the precision at each positive: confidence float [n], present bool [n] -> 0..1. Equal
+    confidences share one rank."""
     # Precision at a rank is the share of positives among all that are at least as confident.
     order = np.argsort(-confidence, kind="stable")
     confidence, present = confidence[order], present[order]
-    last = np.searchsorted(-confidence, -confidence, side="right")  # rank of the last of equals, from 1
+    last = np.searchsorted(-confidence, -confidence, side="right")  # rank of the last tie, from 1
     return float((present.cumsum()[last - 1] / last)[present].mean())
 
 
 @torch.no_grad()
 def evaluate(model, source, args, classes, rank, world_size, device):
-    """Figures over a set of images, each counted once by one process; the same for any number of processes.
+    """Metrics over a set of images, each evaluated by one process; the same for any number of processes.
 
-    Returns the dict of `scores` with localization_miou, where predictions are restricted to the classes in an
-    image's truth, and classification_map, the mean average precision of telling which classes are in an image
-    by the largest probability of any pixel. Ends with an error if an image cannot be read.
+    Returns the dict of `scores` plus localization_miou, where predictions are restricted to the classes in an
+    image's truth, and classification_map, the mean average precision of detecting which classes are in an
+    image from the largest probability of any pixel. Exits with an error if an image cannot be read.
     """
     model.eval()
     matrices = torch.zeros(2, classes, classes, dtype=torch.long, device=device)
@@ -926,7 +925,7 @@ FIGURES = {
 
 
 def protocol_of(args, split, images, classes):
-    """What a figure was measured with, so that it can be quoted."""
+    """One line that describes how a metric was measured, to be quoted with it."""
     scales = "scales 0.5-1.75 with flips" if args.multi_scale else "single scale"
     size = {key: "x".join(map(str, getattr(args, key))) for key in ("crop", "window", "stride")}
     return (
@@ -936,7 +935,7 @@ def protocol_of(args, split, images, classes):
 
 
 def report(result, classes, say, protocol, table=True):
-    """Print the figures of an evaluation, with a table of the classes."""
+    """Print the metrics of an evaluation, with a table of the classes."""
     if table:
         width = max(map(len, classes))
         say(f"{'class':<{width}}    IoU  accuracy  share of pixels")
@@ -948,7 +947,7 @@ def report(result, classes, say, protocol, table=True):
 
 
 def write_results(path, result, classes, **more):
-    """Write the figures of an evaluation as JSON."""
+    """Write the metrics of an evaluation as JSON."""
     by_class = [
         {
             "name": name,
@@ -981,7 +980,7 @@ def paint(labels, palette):
 
 
 def legend(labels, classes, palette, height):
-    """A column, `height` or more high: color and name of every class in `labels`, the most frequent first."""
+    """A column at least `height` high: color and name of every class in `labels`, most frequent first."""
     counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(classes)]
     shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
     # One row per class, as wide as the longest name.
@@ -996,7 +995,7 @@ def legend(labels, classes, palette, height):
 
 
 def join(pictures, down=False, gap=4):
-    """Pictures in a row, or below each other."""
+    """Pictures in a row, or in a column if `down`."""
     ends = np.cumsum([(p.height if down else p.width) + gap for p in pictures])
     across = max(p.width if down else p.height for p in pictures)
     sheet = Image.new("RGB", (across, int(ends[-1])) if down else (int(ends[-1]), across), "white")
@@ -1008,7 +1007,7 @@ def join(pictures, down=False, gap=4):
 
 @torch.no_grad()
 def draw_sheet(model, source, args, device, classes, palette, rows=4, height=200):
-    """Images of a set, evenly spread: photo, truth, prediction and legend in a row each."""
+    """Evenly spaced images of a set, one row each: photo, truth, prediction and legend."""
     model.eval()
     title = Image.new("RGB", (420, 20), "white")
     ImageDraw.Draw(title).text((4, 3), "photo | truth (black: ignored) | prediction", fill="black")
@@ -1029,13 +1028,13 @@ def draw_sheet(model, source, args, device, classes, palette, rows=4, height=200
 
 
 def load_segmenter(args, content, device):
-    """The model that a checkpoint holds, on the device."""
+    """The model stored in a checkpoint, on the device."""
     model = build_model(args, len(content["classes"]))
     try:
         model.load_state_dict(content["model"])
-    except RuntimeError:  # it lists all that does not fit
+    except RuntimeError:  # it lists every tensor that does not fit
         fail(
-            f"--checkpoint {args.checkpoint}: its weights do not fit; give no --crop, --model or other sizes"
+            f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop, --model and other sizes"
         )
     return model.to(device).eval()
 
@@ -1079,7 +1078,7 @@ def predict(args, content):
     root = source if source.is_dir() else source.parent
     if source.is_dir():
         files = [source / os.fsdecode(name) for name in train.find_images(source, "--predict")]
-    # Photos of the same name in two formats keep their extension in the names of the results.
+    # Photos with the same name in two formats keep their extensions in the names of the results.
     stems, failed = Counter(path.relative_to(root).with_suffix("") for path in files), 0
     for path in files[rank::world_size]:
         try:
@@ -1098,14 +1097,14 @@ def predict(args, content):
             train.write_file(f"{name}_{kind}.png", functools.partial(picture.save, format="PNG"))
         print(f"{path} -> {name}_mask.png, _overlay.png, _labels.png", flush=True)
     if train.sum_over_processes([float(failed)], device)[0] == len(files):
-        fail(f"--predict {source}: none of the images can be read")
+        fail(f"--predict {source}: none of the images could be read")
 
 
 # ---------------------------------------------------------------------------------------------------- main
 
 
 def main(args):
-    """Fine-tune as the settings say, from the last checkpoint in --out if there is one."""
+    """Fine-tune with these settings, resuming from the last checkpoint in --out if there is one."""
     if args.eval_only or args.predict:
         return (predict if args.predict else evaluate_only)(args, args.__dict__.pop("content"))
 
@@ -1119,7 +1118,7 @@ def main(args):
     weights = choose_encoder(args, say)
     settle_windows(args)
     (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device, say)
-    # --fraction keeps a part of the training images; its identity goes into the settings for a later resume.
+    # --fraction keeps part of the training images; the settings identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
     names = "/".join(str(Path(str(image)).name) for image, *_ in images.pairs) if args.folder else "scenes"
@@ -1130,7 +1129,7 @@ def main(args):
 
     # ---- model and optimizer ----
     train.seed_all(args.seed)
-    # A resumed run takes its weights from the checkpoint, whatever --init says.
+    # A resumed run takes its weights from the checkpoint, regardless of --init.
     try:
         source = {"timm": {"pretrained": True}, "none": {}}.get(args.init, {"checkpoint_path": args.init})
         model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else source))
@@ -1162,7 +1161,7 @@ def main(args):
     more, saved_at = {"classes": classes, "palette": palette}, time.monotonic()
 
     # ---- loop ----
-    rounds = math.ceil(args.batch / len(images))  # few images are used several times in a batch
+    rounds = math.ceil(args.batch / len(images))  # a batch larger than the data set repeats images
     steps, place = (args.batch, args.seed, start_step, total_steps), (rank, world_size)
     keys = train.step_keys(rounds * len(images), *steps, *place, args.accumulate)
     batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
@@ -1191,7 +1190,7 @@ def main(args):
             # ---- log, evaluate, save: the only place where the host waits for the device ----
             done = step + 1
             evaluate_now = done * args.evaluations // total_steps > step * args.evaluations // total_steps
-            alone = world_size == 1 and stop.signal is not None  # several processes agree at a log line
+            alone = world_size == 1 and stop.signal is not None  # several processes agree only at log lines
             if not (evaluate_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
@@ -1220,14 +1219,14 @@ def main(args):
                         )
                     sheet = draw_sheet(model, val_images, args, device, classes, palette)
                     train.write_file(out / "predictions.png", functools.partial(sheet.save, format="PNG"))
-                meter.reset()  # the time of the evaluation is not the steps'
+                meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 log.write({"step": done, "epoch": done * args.batch / len(images), **record})
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
-                say(f"asked to stop: saved at step {done}; the same command resumes there")
+                say(f"asked to stop: saved at step {done}; the same command resumes from there")
                 train.end_processes()
                 sys.exit(train.EXIT_STOPPED)
 
@@ -1240,7 +1239,7 @@ def main(args):
 # --------------------------------------------------------------------------------------------- command line
 
 VAL_SCENES = 50
-SCENES_RUN = "runs/scenes/last.pt"  # where train.py without --data leaves its checkpoint
+SCENES_RUN = "runs/scenes/last.pt"  # where train.py without --data saves its checkpoint
 SCENES_PRESET = {
     **{name: train.SCENES_PRESET[name] for name in SIZES}, "base_size": 128, "crop": 96, "stride": 64, "batch": 16,
     "steps": 400, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
@@ -1257,48 +1256,48 @@ def data_flag(text):
     """argparse type of --data NAME:DIR."""
     name, _, folder = text.partition(":")
     if name not in DATASETS or not folder:
-        raise argparse.ArgumentTypeError(f"give NAME:DIR with a NAME of {', '.join(DATASETS)}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give NAME:DIR, NAME one of {', '.join(DATASETS)}, not {text!r}")
     return text
 
 
 def fraction_flag(text):
-    """argparse type of --fraction, as 1/32 or 0.25."""
+    """argparse type of --fraction, such as 1/32 or 0.25."""
     try:
         value = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"give a share above 0 and at most 1, as 1/32 or 0.25, not {text}")
+        raise argparse.ArgumentTypeError(f"give a share above 0 and at most 1, such as 1/32, not {text}")
     return value
 
 
 def make_parser():
-    """The command line; a default of None is found in the data set's entry, the weights or the checkpoint."""
+    """The command line; None as a default means the value of the data set, the weights or the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=train.Help)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
     g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
-    g.add_argument("--fraction", type=fraction_flag, default=1.0, help="share of the training images, as 1/32; smaller ones lie within larger ones")
-    g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs of the fewer images, or for as many steps as with all")
-    g.add_argument("--small", **yes_no, help="a preset that goes with train.py --small: small images and model, a quarter of an hour on two cores")
-    g.add_argument("--scenes", type=count, default=400, help="drawn scenes to train on, without --data")
+    g.add_argument("--fraction", type=fraction_flag, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
+    g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs over the subset, or for as many steps as with all images")
+    g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
+    g.add_argument("--scenes", type=count, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", help="weights to start from: of train.py, published (flax), or a ViT as timm, DINO, iBOT, MAE, MoCo v3, I-JEPA and Hugging Face name it; none: from scratch")
+    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, if --init holds both")
-    g.add_argument("--encoder", metavar="timm:NAME", help="a ViT of timm by name with its pretrained weights (pip install timm); --init none leaves them out")
-    g.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="keep the class token of weights that have one in the encoder; default: yes")
+    g.add_argument("--encoder", metavar="timm:NAME", help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
+    g.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="if the weights have a class token, keep it in the encoder; default: yes")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
-    g.add_argument("--model", choices=list(loca.SIZES), help="size; default: that of --init, else B/16; the next five flags change parts of it")
+    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=count, help="side of a patch, pixels")
     g.add_argument("--dim", type=count, help="width")
     g.add_argument("--depth", type=count, help="number of blocks")
-    g.add_argument("--heads", type=count, help="attention heads, if the file does not tell")
+    g.add_argument("--heads", type=count, help="attention heads, if the file does not specify them")
     g.add_argument("--mlp-dim", type=count, help="hidden width of a block's MLP")
-    g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth of the last block")
+    g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth rate of the last block")
     g = parser.add_argument_group("sizes (default: the data set's)")
-    g.add_argument("--base-size", type=count_or_0, help="short side to which images are resized, pixels; training scales it by 0.5-2; 0: each image's own")
+    g.add_argument("--base-size", type=count_or_0, help="short side that images are resized to, pixels; training scales it by 0.5-2; 0: each image's own")
     g.add_argument("--crop", type=count, nargs="+", metavar="N", help="training crop, pixels: side, or height and width")
     g.add_argument("--window", type=count, nargs="+", metavar="N", help="window of the evaluation; default: the crop")
     g.add_argument("--stride", type=count, nargs="+", metavar="N", help="step between windows; smaller is slower and smoother")
@@ -1309,9 +1308,9 @@ def make_parser():
     g.add_argument("--accumulate", type=count, default=1, help="micro-batches per step, to save memory")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="default: sgd, as in Segmenter; adamw is easier on small data")
     g.add_argument("--lr", type=positive, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
-    g.add_argument("--weight-decay", type=positive_or_0, help=f"on matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
+    g.add_argument("--weight-decay", type=positive_or_0, help=f"for matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
     g.add_argument("--layer-decay", type=share, default=1.0, help="ratio of the learning rates of a block and the next one; 0.65-0.9 preserves pretrained features")
-    g.add_argument("--clip", type=positive_or_0, default=0.0, help="largest gradient norm; 0: no clipping, as in Segmenter")
+    g.add_argument("--clip", type=positive_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
@@ -1327,8 +1326,8 @@ def make_parser():
 
 
 def parse_args(arguments=None):
-    """The command line -> settings. What is not given comes from the preset of the data set or of --small, or
-    from the checkpoint that --eval-only and --predict start from."""
+    """The command line -> settings. Those not given come from the preset of the data set or of --small, or
+    from the checkpoint of --eval-only and --predict."""
     parser = make_parser()
     given = parser.parse_args(arguments)
     name, _, folder = (given.data or "scenes:").partition(":")
@@ -1380,7 +1379,7 @@ def parse_args(arguments=None):
     if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
         parser.error(f"--split test: {name} has no test part with masks")
     if args.split != "val" and not args.eval_only:
-        parser.error(f"--split {args.split}: training is judged on val; add --eval-only")
+        parser.error(f"--split {args.split}: training is evaluated on val; add --eval-only")
     if args.predict and not os.path.exists(args.predict):
         parser.error(f"--predict {args.predict}: no such file or folder")
     if args.encoder and not args.encoder.startswith("timm:"):
@@ -1394,7 +1393,7 @@ CHECKPOINT_KEEPS_NOT = (
 
 
 def read_checkpoint(path, parser):
-    """The content of a checkpoint of this script. Ends with an error if it is something else."""
+    """The contents of a checkpoint of this script. Exits with an error if the file is something else."""
     try:
         content = loca.read_torch_file(path)
         if {"model", "settings", "classes", "palette"} <= content.keys():

@@ -144,9 +144,9 @@ class ViT(nn.Module):
 
     image_size: size in pixels, one number or (height, width), of the position embedding; forward takes any
     size divisible by `patch_size`. drop_path: stochastic depth rate of the last block; it rises linearly from
-    0 at the first. class_token: add a class token, as in DINO, MAE and most timm models; LOCA has none. Raises
-    ValueError if the patch size does not divide the image size, or the number of heads does not divide the
-    width.
+    0 at the first. class_token: add a class token, as in DINO, MAE and most timm models; LOCA has none.
+    Raises ValueError if the patch size does not divide the image size, or the number of heads does not divide
+    the width.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, mlp_dim, drop_path=0.1, class_token=False):
@@ -159,9 +159,7 @@ class ViT(nn.Module):
         self.patch_size, self.dim, self.heads, self.mlp_dim = patch_size, dim, heads, mlp_dim
         self.grid = (height // patch_size, width // patch_size)
         self.drop_path = drop_path
-        self.grad_checkpoint = (
-            0  # number of blocks recomputed in the backward pass: less memory, slower
-        )
+        self.grad_checkpoint = 0  # number of blocks recomputed in the backward pass: less memory, slower
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -172,7 +170,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def position_embedding(self, grid):
-        """The position embedding of the patches, resized to `grid` = (rows, columns): [1, rows * columns, D]."""
+        """Position embedding of the patches, resized to `grid` = (rows, columns): [1, rows * columns, D]."""
         patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]  # skip the class token's entry
         return resize_position_embedding(patches, self.grid, grid)
 
@@ -187,7 +185,8 @@ class ViT(nn.Module):
         return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
 
     def forward(self, images, keep=None, position=True, attend=None):
-        """Encode images [B, 3, H, W] -> patch tokens [B, N, D], or [B, K, D] with `keep`.
+        """Encode images [B, 3, H, W] -> patch tokens after the last norm, [B, N, D], or [B, K, D] with
+        `keep`.
 
         keep: indices [K] or [B, K] of the tokens that enter the blocks. position: add the position embedding.
         attend: indices [K'] or [B, K'] of the tokens that all tokens attend to (the single-image mechanism).
@@ -195,7 +194,7 @@ class ViT(nn.Module):
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             size = tuple(images.shape[-2:])
             raise ValueError(f"the patch size {self.patch_size} does not divide the image size {size}")
-        # Patches become tokens. A random query keeps only some of them, after the position embedding is added.
+        # Patches become tokens. A random query keeps some of them, after the position embedding is added.
         x = self.patch_embed(images)  # B,D,rows,columns
         grid = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)  # B,N,D
@@ -226,7 +225,7 @@ def resize_position_embedding(embedding, old, new):
 
 
 def vit(size="B/16", image_size=224, **changes):
-    """A ViT of a size named in SIZES; `changes` override its settings. Raises ValueError for an unknown size."""
+    """A ViT of a size named in SIZES; `changes` override its settings. ValueError for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"unknown ViT size {size!r}; choose from {', '.join(SIZES)}")
     return ViT(image_size, **{**SIZES[size], **changes})
@@ -289,8 +288,8 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
 
     Exact: reproduces the three nearest-neighbor samplings of the released pipeline in integer arithmetic.
     reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...],
-    whether the query was mirrored left-right. view: side of the query in pixels. grid, reference_grid: patches
-    per side of the query and of the reference. Returns long [..., grid * grid], the position
+    whether the query was mirrored left-right. view: side of the query in pixels. grid, reference_grid:
+    patches per side of the query and of the reference. Returns long [..., grid * grid], the position
     row * reference_grid + column, or -1 where the query patch lies outside the reference.
     """
     pixel = (
@@ -314,7 +313,9 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
 
 # ------------------------------------------------------------------------------------------------ masking
 
-MASKING = {  # which `count` of `total` tokens stay visible, as indices [count]; the host never waits for the device
+# Which tokens stay visible: (total, count, device) -> `count` different indices, drawn once for all images of
+# a micro-batch. --masking offers every entry. The host never waits for the device.
+MASKING = {
     "consecutive": lambda total, count, device: (
         torch.randint(total - count + 1, (1,), device=device) + torch.arange(count, device=device)
     ),  # a random run in raster order
@@ -486,6 +487,7 @@ class LOCA(nn.Module):
                 self.student_temperature,
             )
             entropy = torch.special.entr(assignments[:, ::5]).sum(-1).mean()
+        # train.py averages and logs every scalar in here.
         return {
             "loss": self.position_weight * position + self.feature_weight * feature,
             "position_loss": position.detach(),
@@ -515,8 +517,8 @@ class LOCA(nn.Module):
         return gather_tokens(tokens, visible), tokens
 
     def encode_queries(self, views, keep=None, position=True):
-        """Concatenated tokens of all queries of each image, the random query first [B, T, D], and their targets
-        [B, T].
+        """Concatenated tokens of all queries of each image, the random query first [B, T, D], and their
+        targets [B, T].
 
         keep as in forward. position: add the position embedding; the published runs with the position loss
         alone do not.
@@ -556,7 +558,7 @@ def make_teacher(model):
 @torch.no_grad()
 def update_teacher(teacher, model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * model, in place."""
-    # Both lists have the same order, because the teacher starts as a copy; one fused call updates all tensors.
+    # Both lists have the same order, because the teacher starts as a copy; one call updates all tensors.
     student = [p for part in (model.encoder, model.head) for p in part.parameters()]
     torch._foreach_lerp_(list(teacher.parameters()), student, 1 - momentum)
 
@@ -775,7 +777,7 @@ def _some(names, most=6):
 
 
 def _differences(own, state, shapes=True):
-    """Why a state dict does not fit a module's own: its missing, misshapen and unknown names; '' if it fits."""
+    """How a state dict differs from a module's own: missing, misshapen and unknown names; '' if it fits."""
     misshapen = (
         [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape] if shapes else []
     )

@@ -114,7 +114,8 @@ def read_image(path):
 
 
 class Images:
-    """Images of a folder by index, each uint8 [3, H, W]."""
+    """Images of a folder by index, each uint8 [3, H, W]. Any class with __len__, image(i) and name(i) can
+    replace it; name(i) appears in messages."""
 
     def __init__(self, folder, names):
         self.folder, self.names = folder, names
@@ -213,7 +214,7 @@ def draw_scene(seed, width=240, height=192):
     for cell in (1, 4, 12):  # texture at three scales
         coarse = r.randint(-64, 64, (-(-height // cell), -(-width // cell))).astype(np.int32)
         noise += coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width]
-    image = image + (noise * np.array(GRAIN, np.int32)[labels] >> 6)[..., None]
+    image = image + (noise * np.array(GRAIN, np.int32)[labels] >> 7)[..., None]
     return (image * r.randint(90, 150) >> 7).clip(0, 255).astype(np.uint8), labels
 
 
@@ -234,8 +235,8 @@ class Scenes:
 
 
 def open_images(args):
-    """Training and held-out images that the flags select. Also sets args.images, which identifies the training
-    images by count and names: a resumed run must match it, though the folder may have moved."""
+    """Training and held-out images that the flags select. Also sets args.images, which identifies the
+    training images by count and names: a resumed run must match it, though the folder may have moved."""
     rng = np.random.default_rng(args.seed)
     if args.data is None:
         train_images, val_images = Scenes(args.scenes), Scenes(args.val_images, first=10**6)
@@ -324,8 +325,8 @@ class Views(Dataset):
 
 def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate=1):
     """Yield the keys (epoch, index) of each micro-batch of the steps first..last-1: a new permutation in each
-    epoch, truncated to whole batches. Which images a step sees depends on (seed, step) alone, not on the number
-    of processes and micro-batches that share them."""
+    epoch, truncated to whole batches. Which images a step sees depends on (seed, step) alone, not on the
+    number of processes and micro-batches that share them."""
     steps, order = images // batch, None
     for step in range(first, last):
         epoch, i = divmod(step, steps)
@@ -383,7 +384,7 @@ TO_RGB = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
 
 @functools.cache
 def constant(values, device):
-    """Numbers as a cached float32 tensor on the device, because each such copy makes the host wait for a GPU."""
+    """Numbers as a cached float32 tensor on the device: each new copy would make the host wait for a GPU."""
     return torch.tensor(values, device=device)
 
 
@@ -391,9 +392,9 @@ def draw_jitter(count, device):
     """Draw the color jitter of `count` views: four operations x -> M x + b + c mean(x), in a different order
     for each view.
 
-    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], c [V, 4, 1, 1]. u is uniform: brightness adds u(-0.4, 0.4), contrast
-    scales about the channel mean by u(0.6, 1.4), saturation scales by u(0.8, 1.2), and hue rotates by
-    u(-0.1, 0.1) of the circle. Saturation and hue are linear in YIQ. One view in five is unchanged.
+    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], c [V, 4, 1, 1]. u is uniform: brightness adds u(-0.4, 0.4),
+    contrast scales about the channel mean by u(0.6, 1.4), saturation scales by u(0.8, 1.2), and hue rotates
+    by u(-0.1, 0.1) of the circle. Saturation and hue are linear in YIQ. One view in five is unchanged.
     """
 
     def uniform(low, high):
@@ -439,7 +440,7 @@ def blur(x, kernels):
 
 
 def normalize(views):
-    """uint8 or float [..., 3, s, s] in 0..255 -> float32, normalized by ImageNet's mean and standard deviation."""
+    """uint8 or float [..., 3, s, s] in 0..255 -> float32, normalized with ImageNet's mean and std."""
     mean, std = (constant(values, views.device)[:, None, None] for values in (MEAN, STD))
     return (views / 255 - mean) / std
 
@@ -483,7 +484,7 @@ def to_views(batch, args, random_colors=True):
             focal = augment(focal.flatten(0, 1), blur_probability=blurred["focal"]).view_as(focal)
     else:
         reference, query, focal = normalize(reference), normalize(query), normalize(focal)
-    # The crop boxes determine where every query patch lies in the reference: the targets of the position loss.
+    # The crop boxes determine where each query patch lies in the reference: the targets of the position loss.
     boxes, flips, large, small = batch["boxes"], batch["flips"], args.image_size, args.focal_size
     grid, focal_grid = large // args.patch_size, small // args.patch_size
     targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)  # B,N
@@ -513,9 +514,9 @@ def build_model(args):
 
 
 def init_from(path, model, teacher):
-    """Initialize from a file, the student from its student and the teacher from its teacher: the whole encoder,
-    and the tensors of the head and the predictor that fit. Yields one summary line per branch; exits with an
-    error if the encoder does not fit."""
+    """Initialize from a file, the student from its student and the teacher from its teacher: the whole
+    encoder, and the tensors of the head and the predictor that fit. Yields one summary line per branch; exits
+    with an error if the encoder does not fit."""
     for branch, module in (("student", model), ("teacher", teacher)):
         if module is None:
             continue
@@ -611,7 +612,7 @@ def init_distributed(name=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if world_size > 1 and not dist.is_initialized():
-        # After torchrun restarts a run, the store still has the addresses of dead processes: use a new prefix.
+        # After torchrun restarts a run, the store still holds addresses of dead processes: use a new prefix.
         store = next(dist.rendezvous("env://", rank, world_size))[0]
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         place = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(minutes=10)}
@@ -633,10 +634,10 @@ def sum_over_processes(values, device):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the context, SIGTERM and Ctrl-C request a stop: the loop saves and exits. Another signal more than
-    one second later ends the process at once; before that, it counts as the same request, because schedulers
-    and torchrun both send one. The handlers are restored afterward, and left alone outside the main thread,
-    where Python cannot set them."""
+    """Within the context, SIGTERM and Ctrl-C request a stop: the loop saves and exits. Another signal more
+    than one second later ends the process at once; before that, it counts as the same request, because
+    schedulers and torchrun both send one. The handlers are restored afterward, and left alone outside the
+    main thread, where Python cannot set them."""
     stop = SimpleNamespace(signal=None)
 
     def ask(number, frame):
@@ -692,7 +693,7 @@ class Meter:
         self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
     def read(self, images):
-        """Means over processes and micro-batches of `images` images, images per second, share of time waiting."""
+        """Means over processes and micro-batches of `images` images; images per second; share of waiting."""
         means = sum_over_processes(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * images / seconds, self.waited / seconds
@@ -721,8 +722,8 @@ def peak_memory(device):
 
 
 class Log:
-    """metrics.jsonl, one record per line, and a TensorBoard log on request. Records after `step`, left by a run
-    that died after its last checkpoint, are removed."""
+    """metrics.jsonl, one record per line, and a TensorBoard log on request. Records after `step`, left by a
+    run that died after its last checkpoint, are removed."""
 
     def __init__(self, folder, step, tensorboard=False):
         self.path, self.board = folder / "metrics.jsonl", None
@@ -803,7 +804,10 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
                 continue
             name = "its" if key == "images" else flag(key)
             if key not in MAY_CHANGE:
-                fail(f"{path} was made with {name} {old[key]}, not {new[key]}: use the former, or another --out")
+                fail(
+                    f"{path} was made with {name} {old[key]}, not {new[key]}: restore that value, or use "
+                    "another --out"
+                )
             say(f"resuming with {name} {new[key]}, formerly {old[key]}")
             if key in ("steps", "epochs"):
                 say("the learning rate now follows the schedule of the new length")
@@ -853,9 +857,9 @@ def evaluate(model, teacher, images, args, rank, world_size, device):
 
 
 def feature_spread(tokens):
-    """Tokens [M, D] -> feature_std, the standard deviation of the unit vectors (1 if they fill all directions,
-    0 if all are the same), and effective_rank, 1..D: exp of the entropy of the normalized singular values (Roy
-    and Vetterli 2007)."""
+    """Tokens [M, D] -> feature_std, the standard deviation of the unit vectors (1 if they fill all
+    directions, 0 if all are the same), and effective_rank, 1..D: exp of the entropy of the normalized
+    singular values (Roy and Vetterli 2007)."""
     unit = F.normalize(tokens, dim=-1)
     # The singular values of a tall matrix X are the square roots of those of the small D x D matrix X^T X.
     centered = (tokens - tokens.mean(0)).cpu()
@@ -865,8 +869,8 @@ def feature_spread(tokens):
 
 
 def warnings_of(record, done, total_steps, chances, prototypes):
-    """Yield (kind, text) for metrics that show that a run is not learning; `chances`: chance level of each loss
-    by name."""
+    """Yield (kind, text) for metrics that show that a run is not learning; `chances`: chance level of each
+    loss by name."""
     # A run needs some steps before its metrics mean anything.
     if done > max(200, total_steps // 4):
         for name, chance in chances.items():
@@ -881,8 +885,9 @@ def warnings_of(record, done, total_steps, chances, prototypes):
 
 @torch.no_grad()
 def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
-    """Draw where the model places the patches of held-out queries. One row per image: the reference, the colors
-    of its positions, the random query, and its patches in the colors of their true and predicted positions."""
+    """Draw where the model places the patches of held-out queries. One row per image: the reference, the
+    colors of its positions, the random query, and its patches in the colors of their true and predicted
+    positions."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     everything = torch.arange(model.positions, device=device)
     batch, views = next(held_out_batches(images, args, device, range(min(rows, len(images)))))
@@ -925,8 +930,9 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def main(args):
-    """Pretrain with these settings, resuming from the last checkpoint in --out if there is one."""
+def main(args, images=None):
+    """Pretrain with the given settings, from the last checkpoint in --out if there is one. images: training and
+    held-out images of your own, instead of those of the flags: objects like Images that can be pickled."""
     # ---- processes: torchrun's environment, or a single one ----
     rank, world_size, device = init_distributed(args.device)
     args.precision = args.precision or default_precision(device)
@@ -934,10 +940,10 @@ def main(args):
     out = Path(args.out)
 
     # ---- data: which images a step sees depends on (seed, step) alone ----
-    train_images, val_images = open_images(args)
+    train_images, val_images = images or open_images(args)
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
-        fail(f"{len(train_images)} training images do not fill a batch: use --batch {len(train_images)} or less")
+        fail(f"{len(train_images)} training images are too few: use --batch {len(train_images)} or less")
     # The learning rate scales linearly with the batch, from the published 0.001 at 1024.
     total_steps = args.steps or args.epochs * steps_per_epoch
     warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps // 2)
@@ -956,7 +962,7 @@ def main(args):
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
     saved = load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
-    start_step, accuracy = (saved["step"], saved["best"]) if saved else (0, None)  # accuracy: held out
+    start_step, accuracy = (saved["step"], saved["best"]) if saved else (0, None)  # best: the latest accuracy
     if args.compile:
         compile_blocks(model, teacher)
     net = model
@@ -1086,7 +1092,7 @@ SMALL_PRESET = {  # for hundreds to thousands of images on a CPU; .github/EXPERI
 }  # fmt: skip
 SCENES_PRESET = {
     "patch_size": 8, "dim": 128, "depth": 4, "heads": 2, "mlp_dim": 512, "image_size": 64, "focal_size": 32, "focal": 3,
-    "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 6, "warmup_epochs": 1.0, "lr": 0.04,
+    "prototypes": 256, "head_hidden": 256, "bottleneck": 64, "batch": 32, "epochs": 7, "warmup_epochs": 1.0, "lr": 0.06,
     "momentum": 0.99, "position_std": 1.0, "out": "runs/scenes", "val_images": 64, "log_every": 10,
 }  # fmt: skip
 

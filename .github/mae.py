@@ -1,6 +1,6 @@
 """python .github/mae.py PHOTOS OUT [STEPS]: masked autoencoding (He et al. 2022) with the encoder of --small.
 
-PHOTOS: a folder of images. OUT: file for the encoder's weights, to be passed to finetune_seg.py as --init OUT.
+PHOTOS: a folder of images. OUT: file for the encoder's weights, for finetune_seg.py's --init OUT.
 STEPS: number of training steps, 2700 by default.
 """
 
@@ -22,7 +22,7 @@ PATCHES, VISIBLE = SIDE**2, SIDE**2 // 4
 
 
 def sine_positions(side, dim):
-    """Fixed position embedding: sines and cosines of row and column. -> [1, side * side, dim]"""
+    """Fixed position embedding: sines and cosines of row and column -> [1, side * side, dim]."""
     index = torch.arange(side)
     positions = torch.cartesian_prod(index, index)  # N,2
     angles = positions[..., None] / 10000 ** (torch.arange(dim // 4) / (dim // 4))  # N,2,D/4
@@ -30,7 +30,7 @@ def sine_positions(side, dim):
 
 
 class MAE(nn.Module):
-    """Encode a quarter of the patches, and predict the pixels of the others, normalized by patch."""
+    """Encode a quarter of the patches, and predict the pixels of the others, normalized per patch."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class MAE(nn.Module):
         order = torch.rand(len(images), PATCHES).argsort(1)  # B,N: the first VISIBLE patches are encoded
         tokens = self.to_decoder(self.encoder(images, keep=order[:, :VISIBLE]))
         hidden = self.mask_token.expand(len(images), PATCHES - VISIBLE, -1)
-        tokens = loca.gather_tokens(torch.cat([tokens, hidden], 1), order.argsort(1))  # in image order again
+        tokens = loca.gather_tokens(torch.cat([tokens, hidden], 1), order.argsort(1))  # back in image order
         predictions = self.to_pixels(self.decoder(tokens + self.positions))
         targets = nn.functional.unfold(images, PATCH, stride=PATCH).transpose(1, 2)  # B,N,3*PATCH**2
         targets = nn.functional.layer_norm(targets, targets.shape[-1:])
@@ -66,7 +66,7 @@ def main(folder, out, steps=2700):
     model, start = MAE(), time.time()
     groups = train.weight_decay_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, 0.001, (0.9, 0.95), fused=True)
-    warmup = 0.05 if steps > 20 else 0.0  # OneCycleLR divides by zero where the warm-up is a single step
+    warmup = 0.05 if steps > 20 else 0.0  # OneCycleLR divides by zero if the warm-up is a single step
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 0.001, steps, pct_start=warmup, cycle_momentum=False
     )

@@ -1,4 +1,4 @@
-"""python .github/plots.py: draw labels.png and masking.png, from the tables in EXPERIMENTS.md. Needs matplotlib."""
+"""python .github/plots.py: draw labels.png and masking.png from EXPERIMENTS.md's tables. Needs matplotlib."""
 
 from math import nan
 from pathlib import Path
@@ -9,7 +9,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def draw(axes, title, x_label, y_label, ticks, lines):
-    """Draw lines with error bars. lines: name -> (values, size of the error bars, nan or None for none)."""
+    """Draw lines with error bars. lines: name -> (values, sizes of the error bars; nan or None: no bar)."""
     for name, (values, errors) in lines.items():
         axes.errorbar(ticks, values, errors, marker="o", capsize=3, label=name)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
@@ -30,7 +30,7 @@ loss = {
     "with a reference": ([3.80, 3.84, 3.88, 3.88], None),
     "single image": ([3.68, 3.76, 3.87, 3.97], None),
 }
-miou = {  # mean of two seeds; each error bar ends at the two seeds
+miou = {  # mean of two seeds; the ends of each error bar are the two seeds
     "with a reference": ([26.6, 25.9, 27.95, 25.1], [1.3, 1.0, 0.05, 0.4]),
     "single image": ([26.0, 25.55, 25.05, 23.4], [0.1, 1.55, 1.75, 0.4]),
 }

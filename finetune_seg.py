@@ -488,7 +488,7 @@ def open_data(args, splits, rank, world_size, device, say, classes=None):
 
 
 def check_classes(flag, pixels, names, known):
-    """Class names of a folder, from the values in its masks unless they are `known`. Ends with an error if
+    """Class names of a folder, from the values in its masks unless they are `known`. Exits with an error if
     the values do not look like class indices."""
     values = [int(k) for k in np.flatnonzero(pixels)]
     classes = [k for k in values if k != IGNORED]

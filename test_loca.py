@@ -1449,6 +1449,22 @@ def test_a_killed_loader_worker_is_named(monkeypatch):
     assert len(list(train.read_batches(views, 0, CPU, batch_sampler=[[(0, 0)]]))) == 1
 
 
+def test_the_readmes_snippets_run(whole, photos, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    shutil.copytree(whole[train][1], tmp_path / "runs/scenes")
+    shutil.copy(photos / "a/photo.JPG", tmp_path / "photo.jpg")
+    (tmp_path / "runs/pretrain").mkdir()
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        if "timm" in block:
+            pytest.importorskip("timm")
+            torch.save(loca.vit("B/16").state_dict(), "runs/pretrain/encoder.pt")
+        exec(block, {})
+    assert Image.open("features.png").size == (32, 24) and Image.open("curves.png").width == 1000
+
+
 def test_the_masked_autoencoder_runs(seg, tmp_path):
     command = [sys.executable, HERE / ".github/mae.py", seg / "data/images/train", tmp_path / "mae.pt", "2"]
     subprocess.run(command, check=True, timeout=120)

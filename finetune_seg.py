@@ -1010,7 +1010,7 @@ def draw_sheet(model, source, args, device, classes, palette, rows=4, height=200
     """Evenly spaced images of a set, one row each: photo, truth, prediction and legend."""
     model.eval()
     title = Image.new("RGB", (420, 20), "white")
-    ImageDraw.Draw(title).text((4, 3), "photo | truth (black: ignored) | prediction", fill="black")
+    ImageDraw.Draw(title).text((4, 3), "photo | truth | prediction (ignored pixels: black)", fill="black")
     sheet = [title]
     for i in np.unique(np.linspace(0, len(source) - 1, rows).astype(int)):
         image, truth = source.read(i)
@@ -1204,6 +1204,7 @@ def main(args):
                 f"data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB"
             )
             if evaluate_now and not (stopping and done < total_steps):
+                say(f"evaluating {len(val_images)} images")
                 result = evaluate(model, val_images, args, len(classes), rank, world_size, device)
                 protocol = protocol_of(args, "val", len(val_images), len(classes))
                 report(result, classes, say, protocol, table=done == total_steps)

@@ -1434,6 +1434,25 @@ def test_start_from_weights(kind, new, whole, tmp_path, capsys):
     assert "do not fit" in fails(train, flags, "--dim", 48, "--out", tmp_path / "other")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the mask of signals from Linux's /proc")
+def test_workers_leave_signals_to_the_main_process(tmp_path):
+    """Also those of the first loader of a process, with which multiprocessing starts its resource tracker."""
+    (tmp_path / "first.py").write_text(
+        "import multiprocessing, torch, train\n"
+        "if __name__ == '__main__':\n"
+        f"    views = train.Views(train.Scenes(2), train.parse_args({TINY_TRAIN}))\n"
+        "    keys = [[(0, 0)]] * 9\n"
+        "    batches = train.read_batches(views, 1, torch.device('cpu'), batch_sampler=keys)\n"
+        "    next(batches)\n"
+        "    (worker,) = multiprocessing.active_children()\n"
+        "    print(open(f'/proc/{worker.pid}/status').read())\n"
+    )
+    command = [sys.executable, tmp_path / "first.py"]
+    status = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    blocked = int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16)
+    assert all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
+
+
 def test_a_killed_loader_worker_is_named(monkeypatch):
     views, before = train.Views(train.Scenes(4), train_args()), {*multiprocessing.active_children()}
     batches = train.read_batches(views, 1, CPU, batch_sampler=[[(0, 0)]] * 500)
@@ -1462,7 +1481,7 @@ def test_the_readmes_snippets_run(whole, photos, tmp_path, monkeypatch):
             pytest.importorskip("timm")
             torch.save(loca.vit("B/16").state_dict(), "runs/pretrain/encoder.pt")
         exec(block, {})
-    assert Image.open("features.png").size == (32, 24) and Image.open("curves.png").width == 1000
+    assert Image.open("features.png").size == (256, 192) and Image.open("curves.png").width == 1000
 
 
 def test_the_masked_autoencoder_runs(seg, tmp_path):

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,11 +351,15 @@ def read_batches(dataset, workers, device, **sampling):
     )
     # The main process handles Ctrl-C and SIGTERM, though terminals and schedulers send them to all processes.
     # Workers inherit the mask of blocked signals.
+    if workers:
+        resource_tracker.ensure_running()  # its start, which the first loader causes, would unblock both signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         iterator = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    # As the workers ignore SIGTERM, they must be told to end, at the latest when this process exits.
+    shut_down = util.Finalize(None, iterator._shutdown_workers, exitpriority=0) if workers else lambda: None
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
@@ -366,8 +371,7 @@ def read_batches(dataset, workers, device, **sampling):
             )
         raise
     finally:
-        if workers:
-            iterator._shutdown_workers()  # they ignore the SIGTERM that would end them at exit
+        shut_down()
 
 
 def to_device(batch, device):

@@ -6,6 +6,7 @@ the seed and on its step or image, so a resumed run continues as if it had never
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from multiprocessing import resource_tracker, util
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -359,7 +360,8 @@ def read_batches(dataset, workers, device, **sampling):
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # As the workers ignore SIGTERM, they must be told to end, at the latest when this process exits.
-    shut_down = util.Finalize(None, iterator._shutdown_workers, exitpriority=0) if workers else lambda: None
+    shut_down = iterator._shutdown_workers if workers else lambda: None
+    atexit.register(shut_down)
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
@@ -367,10 +369,11 @@ def read_batches(dataset, workers, device, **sampling):
             fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
         if isinstance(error, ConnectionError | EOFError) or "(pid" in str(error):
             fail(
-                f"a loader worker died ({error}); if memory ran out, use fewer --workers and run the command again"
+                f"a loader worker died ({error!r}); if memory ran out, use fewer --workers and run the command again"
             )
         raise
     finally:
+        atexit.unregister(shut_down)
         shut_down()
 
 

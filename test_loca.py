@@ -771,7 +771,7 @@ def start(script, flags, processes=1, prepare=tuple):
 
 ACTIONS = {
     "terminate": lambda optimizer: os.kill(os.getpid(), signal.SIGTERM),
-    "terminate the group": lambda optimizer: os.killpg(0, signal.SIGTERM),  # as terminals and schedulers do
+    "terminate the group": lambda optimizer: (os.system("kill -TERM 0"), time.sleep(1)),  # as schedulers do
     "kill": lambda optimizer: os.kill(os.getpid(), signal.SIGKILL),
     "spoil": lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan),
     "compare": lambda optimizer: compare_processes(optimizer.param_groups),
@@ -869,16 +869,12 @@ def test_every_kind_of_image_is_read_as_upright_rgb(photos):
     for path in names:
         image, name = train.read_image(photos / path).float(), os.path.basename(path)
         expected = torch.from_numpy(gradient()).permute(2, 0, 1).float()
-        if name in (
-            "sixteen.png",
-            "float.tif",
-        ):  # one channel; the float's is stretched from 0..156 to 0..255
+        if name in ("sixteen.png", "float.tif"):  # one channel; the float's is stretched from 0..156
             expected = expected[:1].expand(3, -1, -1) * (255 / 156 if name == "float.tif" else 1)
         if name == "gray.jpeg":
             expected = (0.299 * expected[0] + 0.587 * expected[1] + 0.114 * expected[2]).expand(3, -1, -1)
-        expected = {"one.png": expected[:, :1, :1], "thin.png": expected[:, :3].repeat(1, 1, 34)}.get(
-            name, expected
-        )
+        crops = {"one.png": expected[:, :1, :1], "thin.png": expected[:, :3].repeat(1, 1, 34)}
+        expected = crops.get(name, expected)
         lossy = name in ("cmyk.jpg", "palette.png", "palette_clear.png", "exif.jpg", "photo.JPG")
         assert image.shape == expected.shape and (image - expected).abs().mean() < (6 if lossy else 2.5), name
 
@@ -894,9 +890,8 @@ def test_images_of_more_than_8_bits_keep_their_gray_levels(name, kind, low, high
     for copy in ("a", "b"):
         Image.fromarray(values).save(tmp_path / (copy + name))
         image = train.read_image(tmp_path / (copy + name))
-    assert (
-        len(image.unique()) >= 100 and (image[0].flatten().diff() >= 0).all() and image.shape == (3, 40, 60)
-    )
+    assert image.shape == (3, 40, 60) and len(image.unique()) >= 100
+    assert (image[0].flatten().diff() >= 0).all()
     assert image[0, 0, 0] == 0 and image[0, -1, -1] == 255
     if name == "full.png":
         assert np.abs(image[0].numpy() - values / 257).max() < 1
@@ -917,11 +912,8 @@ def test_a_tiff_of_many_bands_has_its_own_message(tmp_path):
 def test_list_of_images(photos, tmp_path):
     for name in ("loop", ".ipynb_checkpoints", "empty"):
         (tmp_path / name).mkdir()
-    for name, target in (
-        ("linked", photos / "a"),
-        ("loop/back", tmp_path),
-        ("broken.png", tmp_path / "nowhere"),
-    ):
+    links = {"linked": photos / "a", "loop/back": tmp_path, "broken.png": tmp_path / "nowhere"}
+    for name, target in links.items():
         os.symlink(target, tmp_path / name)
     for name in (b"\xff\xfe.png", b"._x.jpg", b".ipynb_checkpoints/x.png"):
         with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
@@ -1004,16 +996,13 @@ def test_targets_follow_the_pixels():
     batch = default_collate([train.Views(source, args)[epoch, 0] for epoch in range(16)])
     views = train.to_views(batch, args, random_colors=False)
     places = F.avg_pool2d(views["reference"][:, :2], 8).flatten(2)  # B,2,N
-    for images, targets in (
-        (views["query"][:, None], views["query_targets"]),
-        (views["focal"], views["focal_targets"]),
-    ):
-        shown = (
-            F.avg_pool2d(images[:, :, :2].flatten(0, 1), 8).unflatten(0, images.shape[:2]).flatten(3)
-        )  # B,F,2,n
+    kinds = (views["query"][:, None], views["query_targets"]), (views["focal"], views["focal_targets"])
+    for images, targets in kinds:
+        shown = F.avg_pool2d(images[:, :, :2].flatten(0, 1), 8).flatten(2)  # BF,2,n
+        shown = shown.unflatten(0, images.shape[:2]).transpose(1, 2).flatten(2)  # B,2,Fn
         targets = targets.flatten(1)  # B,Fn
         matched = places.gather(2, targets.clamp(min=0)[:, None].expand(-1, 2, -1))  # B,2,Fn
-        distance = (shown.transpose(1, 2).flatten(2) - matched).norm(dim=1)[targets >= 0]
+        distance = (shown - matched).norm(dim=1)[targets >= 0]
         size = 4 * 60 / 8 / 255 / 0.229  # of a reference patch, in normalized values
         assert len(distance) > 50 and distance.median() < 0.6 * size and distance.max() < 1.6 * size
 
@@ -1095,16 +1084,11 @@ def test_blur_is_gaussian_and_only_where_chosen(device, monkeypatch):
         torch.testing.assert_close(blurred[v], expected, atol=1e-4, rtol=1e-4)
         assert 0.1 < sigmas[v] < 2
     # Only the random query is solarized; with --blur the reference always is blurred (released code, paper).
-    given = spy(
-        monkeypatch,
-        train,
-        "augment",
-        lambda views, solarize=0, blur_probability=0: (solarize, blur_probability),
-    )
+    given = spy(monkeypatch, train, "augment", lambda views, **more: tuple(more.values()))
     batch = default_collate([train.Views(train.Scenes(1), train_args())[0, 0]])
     for flag in ("--no-blur", "--blur"):
         train.to_views(batch, train_args(flag))
-    assert given == [(0, 0), (0.2, 0), (0, 0), (0, 1), (0.2, 0.1), (0, 0.5)]
+    assert given == [(0,), (0.2, 0), (0,), (1,), (0.2, 0.1), (0.5,)]  # solarize where not 0, blur_probability
 
 
 # ---------------------------------------------------------------------------- schedules, settings and figures
@@ -1125,9 +1109,7 @@ def test_schedules_and_seeds_reach_the_steps(tmp_path, monkeypatch):
     assert momenta == [train.teacher_momentum(step, 6, 0.9) for step in range(6)] and clipped == [0.3] * 6
     assert {(4, step, 0, micro) for step in range(6) for micro in (0, 1)} <= set(seeds)
     for step, (updates, decayed, free) in enumerate(groups):  # the teacher follows each step of the optimizer
-        rate = train.learning_rate(
-            step, 6, 3, 0.01 * 4 / 1024
-        )  # of batch 4; warm-up is half of the run at most
+        rate = train.learning_rate(step, 6, 3, 0.01 * 4 / 1024)  # warm-up is half of the run at most
         assert (updates, decayed["lr"], free["lr"]) == (step, rate, rate)
         assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0)
         assert {p.ndim > 1 for p in decayed["params"]} == {True} and {p.ndim for p in free["params"]} == {1}
@@ -1166,9 +1148,8 @@ def test_presets_give_way_to_what_is_told(tmp_path, monkeypatch):
 def test_help_names_every_flag_once_and_shows_defaults(script):
     text, actions = script.make_parser().format_help(), script.make_parser()._actions
     flags = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  -")]
-    assert sorted(flags) == sorted(action.option_strings[0] for action in actions) and all(
-        a.help for a in actions
-    )
+    assert sorted(flags) == sorted(action.option_strings[0] for action in actions)
+    assert all(action.help for action in actions)
     text = " ".join(text.split())
     assert "minutes between checkpoints (10.0)" in text and "everything random (0)" in text
     assert "(None)" not in text and "(False)" not in text
@@ -1204,16 +1185,10 @@ def test_runs_that_cannot_begin_end_with_one_line(script, whole, tmp_path, monke
 
 def test_feature_spread():
     torch.manual_seed(0)
-    alike, full, flat = (
-        torch.ones(50, 8) + 1e-6 * torch.randn(50, 8),
-        torch.randn(4000, 8),
-        torch.randn(4000, 2),
-    )
-    assert train.feature_spread(alike)["feature_std"] < 1e-4
-    assert [*train.feature_spread(full).values()] == pytest.approx(
-        [1, 8], abs=0.1
-    )  # feature_std, effective_rank
-    assert train.feature_spread(flat @ torch.randn(2, 8))["effective_rank"] < 2.01
+    full = torch.randn(4000, 8)
+    assert train.feature_spread(1 + 1e-6 * full)["feature_std"] < 1e-4
+    assert list(train.feature_spread(full).values()) == pytest.approx([1, 8], abs=0.1)
+    assert train.feature_spread(full[:, :2] @ torch.randn(2, 8))["effective_rank"] < 2.01
 
 
 @pytest.mark.parametrize(
@@ -1266,23 +1241,20 @@ def test_every_option_runs(photos, tmp_path):
     names = " ".join(path.name for path in tmp_path.iterdir())
     assert "epoch_0002.pt" in names and "epoch_0001.pt" not in names and "tfevents" in names
     assert [*records(tmp_path)] == [2, 4, 6] and [*records(tmp_path, "val_position_loss")] == [6]
-
-
-@pytest.mark.parametrize("flags", ["--feature-weight 0", "--single-image", "--focal 0"])
-def test_forms_of_the_loss_run(flags, tmp_path):
-    run(train, TINY_TRAIN, *flags.split(), "--out", tmp_path)
-    assert ("teacher" in saved(tmp_path)) == (flags == "--focal 0")
+    for i, flags in enumerate(("--focal 0", "--feature-weight 0", "--single-image")):
+        run(train, TINY_TRAIN, *flags.split(), "--out", tmp_path / str(i))
+        assert ("teacher" in saved(tmp_path / str(i))) == (i == 0)
 
 
 def test_bf16_follows_float32(tmp_path):
-    """The same 50 steps. Small differences grow from step to step, so the bounds are about twice what was seen."""
+    """The same 100 steps: of four seeds, losses are 0.06 apart in the mean at most, one 0.5; here twice that."""
     losses = []
     for name in ("bf16", "float32"):
-        flags = f"--precision {name} --steps 50 --log-every 1 --val-images 0 --lr 0.1 --out {tmp_path}/{name}"
-        run(train, TINY_TRAIN, *flags.split())
+        flags = f"--precision {name} --steps 100 --log-every 1 --val-images 0 --lr 0.1 --out"
+        run(train, TINY_TRAIN, *flags.split(), tmp_path / name)
         losses.append(torch.tensor([*records(tmp_path / name).values()]))
     difference = (losses[0] - losses[1]).abs()
-    assert len(difference) == 50 and 0 < difference.mean() < 0.1 and difference.max() < 0.4
+    assert len(difference) == 100 and 0 < difference.mean() < 0.12 and difference.max() < 1
 
 
 def test_compiled_blocks_share_graphs_and_equal_eager_ones():
@@ -1338,9 +1310,12 @@ def test_processes_share_the_held_out_images_and_see_the_same_each_time(monkeypa
 
 
 def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, monkeypatch):
-    evaluations = spy(monkeypatch, train, "evaluate", lambda *_: time.sleep(3))
+    now = [0]  # a clock that ticks when it is read, and 1000 times in an evaluation
+    clock = SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 1) or now[-1], monotonic=time.monotonic)
+    monkeypatch.setattr(train, "time", clock)
+    evaluations = spy(monkeypatch, train, "evaluate", lambda *_: now.append(now[-1] + 1000))
     run(train, TINY_TRAIN, "--out", tmp_path)
-    assert len(evaluations) == 2 and min(records(tmp_path, "images_per_second").values()) > 2 * 4 / 3
+    assert len(evaluations) == 2 and min(records(tmp_path, "images_per_second").values()) > 4 / 100
 
 
 def test_unreadable_images_are_replaced_and_named_once(tmp_path, capfd):
@@ -1376,9 +1351,8 @@ def test_damaged_images_never_break_a_view(photos, tmp_path):
         (tmp_path / f"{i:03}.jpg").write_bytes(data)
     dataset = train.Views(train.Images(str(tmp_path), train.find_images(tmp_path)), train_args())
     items = [dataset[0, i] for i in range(400)]
-    assert {(item["reference"].shape, item["focal"].shape) for item in items} == {
-        ((3, 32, 32), (2, 3, 16, 16))
-    }
+    shapes = {(item["reference"].shape, item["focal"].shape) for item in items}
+    assert shapes == {((3, 32, 32), (2, 3, 16, 16))}
     assert 100 < sum(item["unreadable"] != "" for item in items) < 400
 
 
@@ -1407,19 +1381,11 @@ def test_start_from_weights(kind, new, whole, tmp_path, capsys):
     elif kind == "encoder":
         torch.save(loca.ViT(64, 8, 16, 2, 2, 16).state_dict(), path)
     else:
-        write_published(
-            path, {tree: draw_published(r, published_shapes()) for tree in ("params", "ema_params")}
-        )
-        sizes = (
-            "--patch-size 16 --dim 32 --heads 4 --mlp-dim 64 --prototypes 48 --head-hidden 40 --bottleneck 16"
-        )
-        flags = sizes.split()
-    flags = [
-        *TINY_TRAIN,
-        *flags,
-        *"--steps 1 --lr 1e-20 --momentum 0.999999 --drop-path 0 --init".split(),
-        path,
-    ]
+        trees = {tree: draw_published(r, published_shapes()) for tree in ("params", "ema_params")}
+        write_published(path, trees)
+        flags = "--patch-size 16 --dim 32 --heads 4 --mlp-dim 64 --prototypes 48 --head-hidden 40".split()
+    flags = [*TINY_TRAIN, *flags, "--bottleneck", 16 if kind == "published" else 4, "--init", path]
+    flags += "--steps 1 --lr 1e-20 --momentum 0.999999 --drop-path 0".split()
     run(train, flags, "--out", tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if f"--init {path}" in line][:2]
     assert lines[0].endswith(f": {new}") and "student" in lines[0] and "teacher" in lines[1]
@@ -1432,6 +1398,19 @@ def test_start_from_weights(kind, new, whole, tmp_path, capsys):
         assert len(expected) > 25
         torch.testing.assert_close({name: found[name] for name in expected}, expected, atol=1e-5, rtol=1e-4)
     assert "do not fit" in fails(train, flags, "--dim", 48, "--out", tmp_path / "other")
+
+
+def test_a_killed_loader_worker_is_named(monkeypatch):
+    views, before = train.Views(train.Scenes(4), train_args()), {*multiprocessing.active_children()}
+    batches = train.read_batches(views, 1, CPU, batch_sampler=[[(0, 0)]] * 500)
+    next(batches)
+    (worker,) = {*multiprocessing.active_children()} - before
+    worker.kill()
+    with pytest.raises(SystemExit, match="loader worker.*fewer --workers"):
+        list(batches)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # reading for the CPU leaves a GPU alone
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("starts CUDA"))
+    assert len(list(train.read_batches(views, 0, CPU, batch_sampler=[[(0, 0)]]))) == 1
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the mask of signals from Linux's /proc")
@@ -1451,21 +1430,6 @@ def test_workers_leave_signals_to_the_main_process(tmp_path):
     status = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     blocked = int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16)
     assert all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
-
-
-def test_a_killed_loader_worker_is_named(monkeypatch):
-    views, before = train.Views(train.Scenes(4), train_args()), {*multiprocessing.active_children()}
-    batches = train.read_batches(views, 1, CPU, batch_sampler=[[(0, 0)]] * 500)
-    next(batches)
-    (worker,) = {*multiprocessing.active_children()} - before
-    with pytest.raises(
-        (SystemExit, RuntimeError), match="(loader|DataLoader) worker"
-    ):  # PyTorch's signal handler
-        worker.kill()  # can come first
-        list(batches)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # reading for the CPU leaves a GPU alone
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("starts CUDA"))
-    assert len(list(train.read_batches(views, 0, CPU, batch_sampler=[[(0, 0)]]))) == 1
 
 
 def test_the_readmes_snippets_run(whole, photos, tmp_path, monkeypatch):
@@ -1500,37 +1464,28 @@ def test_the_masked_autoencoder_runs(seg, tmp_path):
 def test_an_interrupted_run_ends_like_one_that_never_was(script, action, step, code, whole, tmp_path):
     """At the end of an epoch, or in the middle of one and of a log window. No worker outlives it."""
     flags = [*whole[script][0], "--save-minutes", 0, "--out", tmp_path]
-    workers = [
-        "--workers",
-        int(action != "terminate"),
-        *(["--evaluations", 1] if script is finetune_seg else []),
-    ]
+    workers = ["--workers", int(action != "terminate")]
     codes, said = start(script, [*flags, *workers], prepare=functools.partial(at_step, step, action))
     assert codes == [code] and ("asked to stop: saved at step" in said) == (code == 75), said
     assert saved(tmp_path)["step"] == (4 if action == "kill" else step)
     run(script, flags)
     assert equal(weights(tmp_path), weights(whole[script][1]))
-    steps = [*records(tmp_path)]  # each once, also those after the checkpoint of a killed run
-    assert steps == sorted(set(steps)) and {2, 4, 6} <= set(steps) and (code != 75 or step in steps)
+    assert [*records(tmp_path)] == sorted({2, 3, 4, 6} | ({step} if code == 75 else set()))
     if script is finetune_seg:
         results = [json.loads((out / "results.json").read_text()) for out in (tmp_path, whole[script][1])]
         assert results[0]["confusion"] == results[1]["confusion"]
 
 
 def test_a_signal_passed_on_twice_is_one_and_a_later_one_ends_the_process(monkeypatch):
+    ended = []
     with train.catch_signals() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         time.sleep(1.1)
-        ended = spy(
-            monkeypatch,
-            signal,
-            "raise_signal",
-            lambda number: (number, signal.signal(number, lambda *_: None)),
-        )
+        monkeypatch.setattr(signal, "raise_signal", ended.append)
         os.kill(os.getpid(), signal.SIGINT)
-        assert ended == [(signal.SIGINT, signal.SIG_DFL)]
+        assert ended == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 @both_scripts
@@ -1582,15 +1537,14 @@ def test_torchrun_starts_killed_processes_again(pair, tmp_path):
 
 def even_shares():
     """All shares of a batch weigh the same: as many labeled pixels in each; train.py has one image only."""
-    one = tiny_views(1, focal=2)
-    train.to_views = lambda batch, *_, **__: {
-        k: x.expand(len(batch["query"]), *x.shape[1:]) for k, x in one.items()
-    }
+
+    def crop(image, labels, size, *_):
+        shade = int(labels.long().sum()) % 200
+        return torch.full((3, *size), shade, dtype=torch.uint8), torch.ones(*size, dtype=torch.uint8)
+
+    finetune_seg.augment, one = crop, tiny_views(1, focal=2)
     loca.choose_tokens = lambda total, count, *_: torch.arange(count)
-    finetune_seg.augment = lambda image, labels, crop, *_: (
-        torch.full((3, *crop), int(labels.long().sum()) % 200, dtype=torch.uint8),
-        torch.ones(*crop, dtype=torch.uint8),
-    )
+    train.to_views = lambda batch, *_, **__: {k: torch.cat([x] * len(batch["query"])) for k, x in one.items()}
 
 
 @both_scripts
@@ -1600,9 +1554,13 @@ def test_processes_and_micro_batches_equal_the_whole_batch(script, whole, tmp_pa
         flags = ["--batch", 4, "--accumulate", accumulate, "--drop-path", 0, "--out", out]
         codes, said = start(script, [*whole[script][0], *flags], processes, even_shares)
         assert codes == [0] * processes, said
-        # The gradient of a key's bias is rounding alone, and AdamW enlarges it: hence atol.
-        torch.testing.assert_close(weights(out), weights(tmp_path / "1x1"), rtol=1e-3, atol=2e-4)
-        assert records(out) == pytest.approx(records(tmp_path / "1x1"), rel=1e-3)  # means over all of them
+        for key in ("loss", "gradient_norm"):
+            assert records(out, key) == pytest.approx(records(tmp_path / "1x1", key), rel=1e-3)
+        ours, expected = (  # the keys' bias has no gradient but rounding errors, which AdamW makes steps of
+            {k: x for k, x in weights(folder).items() if not k.endswith(("qkv.bias", ".k.bias"))}
+            for folder in (out, tmp_path / "1x1")
+        )
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
 
 
 @both_scripts
@@ -1624,7 +1582,7 @@ def test_a_damaged_checkpoint_is_refused_and_left(script, damage, whole, tmp_pat
     path.write_bytes({"empty": b"", "cut": content[:-900], "text": b"text"}.get(damage, path.read_bytes()))
     content = path.read_bytes()
     said = fails(script, whole[script][0], "--out", tmp_path)
-    assert str(path) in said and not said.endswith("last.pt: 'settings'")
+    assert str(path) in said and not said.endswith(": 'settings'")
     assert path.read_bytes() == content
 
 

@@ -375,7 +375,7 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
     Each round normalizes every prototype over all samples on all devices, then every sample over all
     prototypes (Caron et al. 2020; here after a softmax, as released).
     """
-    assignments = (scores / temperature).softmax(-1, dtype=torch.float32)
+    assignments = (scores.float() / temperature).softmax(-1)
     tiny = torch.finfo(assignments.dtype).tiny  # a prototype without nearby samples stays 0 instead of 0 / 0
     for _ in range(rounds):
         assignments /= sum_over_devices(assignments.sum(0)).clamp_min(tiny)

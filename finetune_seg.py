@@ -1053,16 +1053,10 @@ def evaluate_only(args, content):
     protocol = protocol_of(args, args.split, len(source), len(classes))
     report(result, classes, say, protocol)
     if rank == 0:
-        write_results(
-            out / "results.json",
-            result,
-            classes,
-            protocol=protocol,
-            checkpoint=args.checkpoint,
-            step=content["step"],
-        )
+        figures = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
+        write_results(out / "results.json", result, classes, **figures)
         sheet = draw_sheet(model, source, args, device, classes, palette)
-        train.write_file(out / "predictions.png", lambda file: sheet.save(file, "PNG"))
+        train.write_file(out / "predictions.png", functools.partial(sheet.save, format="PNG"))
         say(f"{out}: results.json, predictions.png")
 
 

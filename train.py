@@ -849,17 +849,14 @@ def evaluate(model, teacher, images, args, rank, world_size, device):
     process takes the same number of images; stochastic depth is off."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     names = ("position_accuracy", "position_loss", "prototype_perplexity", "target_entropy")
-    sums, tokens = 0.0, []
-    for _, views in held_out_batches(
-        images, args, device, range(len(images))[rank::world_size][: len(images) // world_size]
-    ):
+    sums, tokens, count = 0.0, [], len(images) // world_size  # images of each process
+    for _, views in held_out_batches(images, args, device, range(len(images))[rank::world_size][:count]):
         with autocast(args.precision, device):
             losses = model(views, teacher)
             tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
         sums = sums + len(views["focal"]) * torch.stack([losses[name].float() for name in names])
     both.train()
-    count = len(images) // world_size * world_size
-    means = sum_over_processes(sums / count, device)
+    means = sum_over_processes(sums / (count * world_size), device)
     return {f"val_{name}": mean for name, mean in zip(names, means)} | feature_spread(torch.cat(tokens))
 
 

@@ -36,9 +36,8 @@ SIZES = {
 
 def gather_tokens(tokens, index):
     """Select tokens [B, N, ...] by index [K] or [B, K] -> [B, K, ...]."""
-    index = index.expand(len(tokens), -1)  # B,K
-    index = index.reshape(*index.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:])
-    return tokens.gather(1, index)  # B,K,...
+    image = torch.arange(len(tokens), device=tokens.device)[:, None]  # B,1
+    return tokens[image, index]  # B,K,...
 
 
 def lecun_normal_(weight):
@@ -390,7 +389,7 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     targets [B, T]. Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction
     (1..P).
     """
-    scores = (features / temperature) @ prototypes.T  # B,T,P
+    scores = features @ (prototypes / temperature).T  # B,T,P
     log_p = scores.log_softmax(-1, dtype=torch.float32)
 
     # Only patches with a counterpart have a target; the others gather position 0 and get weight 0.
@@ -479,13 +478,7 @@ class LOCA(nn.Module):
         feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
         if teacher is not None:
             assignments = self.assign_clusters(tokens, teacher)
-            feature, cross_entropy, perplexity = feature_loss(
-                self.head(queries),
-                self.head.normalized_prototypes(),
-                assignments,
-                targets,
-                self.student_temperature,
-            )
+            feature, cross_entropy, perplexity = self.compare_clusters(queries, assignments, targets)
             entropy = torch.special.entr(assignments[:, ::5]).sum(-1).mean()
         # train.py averages and logs every scalar in here.
         return {
@@ -543,6 +536,11 @@ class LOCA(nn.Module):
         """Targets of the feature loss: the teacher's reference tokens [B, N, D] -> assignments [B, N, P]."""
         scores = teacher.head(tokens) @ teacher.head.normalized_prototypes().T  # B,N,P
         return sinkhorn(scores.flatten(0, 1), self.teacher_temperature).unflatten(0, tokens.shape[:2])
+
+    def compare_clusters(self, queries, assignments, targets):
+        """feature_loss of the student's query tokens [B, T, D]."""
+        features, prototypes = self.head(queries), self.head.normalized_prototypes()
+        return feature_loss(features, prototypes, assignments, targets, self.student_temperature)
 
 
 # ------------------------------------------------------------------------------------------------- teacher

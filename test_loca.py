@@ -1257,7 +1257,7 @@ def test_bf16_follows_float32(tmp_path):
     assert len(difference) == 100 and 0 < difference.mean() < 0.12 and difference.max() < 1
 
 
-def test_compiled_blocks_share_graphs_and_equal_eager_ones():
+def test_compiled_parts_share_graphs_and_equal_eager_ones():
     counts = []
     for depth in (2, 4):
         args = train_args("--depth", depth)
@@ -1267,7 +1267,7 @@ def test_compiled_blocks_share_graphs_and_equal_eager_ones():
         teachers = [loca.make_teacher(model) for model in models]
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        train.compile_blocks(models[1], teachers[1])
+        train.compile_parts(models[1], teachers[1])
         for step in range(4):
             results = []
             for model, teacher in zip(models, teachers):

@@ -464,20 +464,22 @@ def augment(views, solarize=0.0, blur_probability=0.0):
     eye, gray = torch.eye(3, device=device), constant(GRAY, device).expand(3, 3)
     mix = torch.where(torch.rand(count, 1, 1, device=device) < 0.2, gray, eye)  # V,3,3
     kernels = draw_blur(count, side, blur_probability, device)
-    solarized = torch.rand(count, 1, 1, device=device) < solarize
+    top = 2 - (torch.rand(count, 1, 1, device=device) < solarize).float()  # V,1,1: 1 solarizes, 2 does not
 
     # Pixels are flattened: every operation is a 3x3 matrix product over the colors of all pixels of a view.
-    x = views.flatten(2) / 255  # V,3,ss
+    # Two arrays take turns as input and output, because fresh memory takes longer than the arithmetic.
+    x = views.flatten(2).float().div_(255)  # V,3,ss
+    spare = torch.empty_like(x)
     for k in range(4):
         bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
-        x = torch.baddbmm(bias, matrix[:, k], x).clamp_(0, 1)
-    x = mix @ x
+        x, spare = torch.bmm(matrix[:, k], x, out=spare).add_(bias).clamp_(0, 1), x
+    x = torch.bmm(mix, x, out=spare)
     if blur_probability:
         x = blur(x.unflatten(2, (side, side)), kernels).flatten(2)
     if solarize:  # invert values above 0.5
-        x = torch.where(solarized & (x > 0.5), 1 - x, x)
+        x = torch.minimum(x, top - x)
     mean, std = (constant(values, device)[:, None] for values in (MEAN, STD))
-    return torch.addcmul(-mean / std, x, 1 / std).view(views.shape)
+    return x.sub_(mean).div_(std).view(views.shape)
 
 
 def to_views(batch, args, random_colors=True):
@@ -546,12 +548,16 @@ def init_from(path, model, teacher):
         yield f"{branch}: {'; '.join(notes)}; initialized from scratch: {', '.join(sorted(new)) or 'nothing'}"
 
 
-def compile_blocks(*models):
-    """Compile the blocks instead of whole models: all blocks share one graph for each number of tokens."""
+def compile_parts(model, teacher):
+    """Compile the parts of a step instead of the whole model: all blocks share one graph for each number of
+    tokens, and the large arrays of the feature loss are fused."""
     torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
-    for module in itertools.chain(*(model.modules() for model in models if model is not None)):
-        if isinstance(module, loca.Block):
-            module.compile(dynamic=False)
+    encoders = [part.encoder for part in (model, teacher) if part is not None]
+    for module in [model.predictor, *(block for encoder in encoders for block in encoder.blocks)]:
+        module.compile(dynamic=False)
+    if teacher is not None:
+        model.assign_clusters = torch.compile(model.assign_clusters, dynamic=False)
+        model.compare_clusters = torch.compile(model.compare_clusters, dynamic=False)
 
 
 def weight_decay_groups(model, weight_decay):
@@ -968,7 +974,7 @@ def main(args, images=None):
     saved = load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
     start_step, accuracy = (saved["step"], saved["best"]) if saved else (0, None)  # best: the latest accuracy
     if args.compile:
-        compile_blocks(model, teacher)
+        compile_parts(model, teacher)
     net = model
     if world_size > 1:
         static = args.accumulate == 1  # otherwise some micro-batches run without communication

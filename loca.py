@@ -41,8 +41,8 @@ def gather_tokens(tokens, index):
 
 
 def lecun_normal_(weight):
-    """Truncated normal with variance 1 / fan-in, as in JAX. Truncation at 2 sigma reduces the standard
-    deviation to 0.8796 of its value."""
+    """Truncated normal with variance 1 / fan-in, as in JAX."""
+    # Truncation at 2 sigma reduces the standard deviation to 0.8796 of its value.
     std = weight[0].numel() ** -0.5 / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -257,8 +257,7 @@ class ProjectionHead(nn.Module):
 
 
 class PositionPredictor(nn.Module):
-    """Query tokens [B, T, D] and visible reference tokens [B, K, D] -> logits over reference positions [B, T,
-    N].
+    """Query tokens [B, T, D], visible reference tokens [B, K, D] -> logits over positions [B, T, N].
 
     One cross-attention block is the only place where queries see the reference (paper section 3.1).
     """
@@ -291,9 +290,8 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
     patches per side of the query and of the reference. Returns long [..., grid * grid], the position
     row * reference_grid + column, or -1 where the query patch lies outside the reference.
     """
-    pixel = (
-        (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)
-    )  # a patch's center, in the view
+    # The pixel at the center of each patch of the query, along one axis.
+    pixel = (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)
 
     # Rows and columns are independent: each axis is sampled separately, and the two are combined at the end.
     def along(axis):  # 0: rows, 1: columns -> index in the reference grid or -1, [..., grid]
@@ -324,8 +322,7 @@ MASKING = {
 
 
 def visible_count(total, masking_ratio):
-    """Number of tokens left visible out of `total`, at least one. Raises ValueError unless 0 <= masking_ratio
-    < 1."""
+    """Number of tokens left visible out of `total`, at least one. ValueError for a ratio outside 0..1."""
     if not 0 <= masking_ratio < 1:
         raise ValueError(f"the masking ratio is {masking_ratio}; it must be at least 0 and below 1")
     return max(1, int((1 - masking_ratio) * total + 1e-6))  # without 1e-6, (1 - 0.9) * 100 would give 9
@@ -367,12 +364,20 @@ def position_loss(logits, targets):
 
 
 @torch.no_grad()
+def position_distance(logits, targets, columns):
+    """Mean distance between predicted and true reference positions, in patches, over the query patches that
+    have a target: logits [B, T, N], targets [B, T]; `columns` of the reference grid. It shows near misses."""
+    predicted, matched = logits.argmax(-1), targets >= 0  # B,T
+    down, right = predicted // columns - targets // columns, predicted % columns - targets % columns
+    return ((down**2 + right**2).sqrt() * matched).sum() / (matched.sum() + 1e-8)
+
+
+@torch.no_grad()
 def sinkhorn(scores, temperature=0.05, rounds=3):
-    """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P], rows sum to
-    1.
+    """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P].
 
     Each round normalizes every prototype over all samples on all devices, then every sample over all
-    prototypes (Caron et al. 2020; here after a softmax, as released).
+    prototypes, so rows sum to 1 (Caron et al. 2020; here after a softmax, as released).
     """
     assignments = (scores.float() / temperature).softmax(-1)
     tiny = torch.finfo(assignments.dtype).tiny  # a prototype without nearby samples stays 0 instead of 0 / 0
@@ -386,8 +391,7 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     """Cross-entropy with the teacher's assignments plus the mean-entropy term (paper section 3.2).
 
     features [B, T, E] and prototypes [P, E] are unit vectors, assignments [B, N, P] come from sinkhorn,
-    targets [B, T]. Returns the loss, the cross-entropy alone, and the perplexity of the mean prediction
-    (1..P).
+    targets [B, T]. Returns loss, cross-entropy alone, and perplexity of the mean prediction (1..P).
     """
     scores = features @ (prototypes / temperature).T  # B,T,P
     log_p = scores.log_softmax(-1, dtype=torch.float32)
@@ -460,8 +464,9 @@ class LOCA(nn.Module):
         keep: tokens of the random query that are encoded. Both are drawn at random if None.
 
         Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), feature_loss and its
-        part cross_entropy (ln P at chance), position_accuracy (0..1), and two metrics that reveal collapse:
-        prototype_perplexity (1..P) and target_entropy (0..ln P, mean over every fifth reference position).
+        part cross_entropy (ln P at chance), position_accuracy (0..1), position_distance (in patches), and two
+        metrics that reveal collapse: prototype_perplexity (1..P) and target_entropy (0..ln P, mean over every
+        fifth reference position).
         """
         # The reference tokens become the context that the queries attend to; a share eta of them is hidden.
         context, tokens = self.encode_reference(views, teacher, visible)
@@ -472,7 +477,8 @@ class LOCA(nn.Module):
             queries, targets = self.encode_queries(views, keep, position=teacher is not None)
 
         # Where in the reference does each query patch lie?
-        position, accuracy = position_loss(self.predictor(queries, context), targets)
+        logits = self.predictor(queries, context)  # B,T,N
+        position, accuracy = position_loss(logits, targets)
 
         # Which cluster does the teacher assign to its counterpart?
         feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
@@ -486,6 +492,7 @@ class LOCA(nn.Module):
             "position_loss": position.detach(),
             "feature_loss": feature.detach(),
             "position_accuracy": accuracy,
+            "position_distance": position_distance(logits, targets, self.encoder.grid[1]),
             "cross_entropy": cross_entropy,
             "prototype_perplexity": perplexity,
             "target_entropy": entropy,
@@ -500,9 +507,7 @@ class LOCA(nn.Module):
             visible = choose_tokens(self.positions, self.visible_tokens, kind, reference.device)
         if self.single_image:  # no position embedding: it would give away the answer
             tokens = self.encoder(reference, position=False, attend=visible)  # B,N,D
-        elif (
-            teacher is None
-        ):  # position loss alone: through the student, hidden tokens dropped before the encoder
+        elif teacher is None:  # position loss alone: the student encodes only what the queries see
             return self.encoder(reference, keep=visible), None
         else:
             with torch.no_grad():  # the teacher is updated only by averaging, see update_teacher
@@ -519,10 +524,8 @@ class LOCA(nn.Module):
         focal, targets = views["focal"], views["query_targets"]
         if keep is None:
             keep = choose_tokens(self.positions, self.query_tokens, "unstructured", targets.device)
-        tokens, targets = (
-            self.encoder(views["query"], keep=keep, position=position),
-            gather_tokens(targets, keep),
-        )
+        tokens = self.encoder(views["query"], keep=keep, position=position)  # B,K,D
+        targets = gather_tokens(targets, keep)  # B,K
         if focal.shape[1] == 0:
             return tokens, targets
         # Focal queries are small, so all of their tokens are encoded, as one batch of B times F images.
@@ -617,8 +620,7 @@ class Weights(dict):
 
 
 def load_weights(path, branch="student"):
-    """Read weights from a file -> Weights, a state dict with LOCA's parameter names that also carries the
-    ViT's sizes.
+    """Read weights from a file -> Weights: a state dict with LOCA's parameter names, and the ViT's sizes.
 
     Reads this project's checkpoints, the published flax files (needs msgpack), and PyTorch or safetensors
     files of ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'student'
@@ -651,34 +653,29 @@ def load_vit(path, branch="teacher", **changes):
 
 @torch.no_grad()
 def load_encoder(encoder, state):
-    """Load the 'encoder.' entries of a state dict, such as that of load_weights, into a ViT -> a one-line
-    summary.
+    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> a summary.
 
     The position embedding is resized to the ViT's grid. A class token is dropped if the ViT has none. Raises
     ValueError, and changes nothing, if weights for part of the ViT are missing or if the ViT lacks parts of
     the file's ViT.
     """
     sizes = getattr(state, "sizes", None) or _vit_sizes(state, [])
+    grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
-    own, notes = encoder.state_dict(), []
-    has_token, keeps_token = "cls_token" in state, encoder.cls_token is not None
-    patches, grid = (
-        state["pos_embed"][:, has_token:],
-        tuple(n // sizes["patch_size"] for n in sizes["image_size"]),
-    )
+    own, notes, has_token = encoder.state_dict(), [], "cls_token" in state
+    token, patches = state["pos_embed"].tensor_split([int(has_token)], dim=1)  # 1,0 or 1,D and 1,N,D
     if grid != encoder.grid:
         patches = resize_position_embedding(patches.float(), grid, encoder.grid)
         notes.append("position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
+    if has_token and encoder.cls_token is None:
+        del state["cls_token"]
+        token = token[:, :0]
     if has_token:
-        notes.append(f"class token {'kept' if keeps_token else 'dropped'}")
-        patches = torch.cat([state["pos_embed"][:, :1], patches], 1) if keeps_token else patches
-        state = {key: value for key, value in state.items() if keeps_token or key != "cls_token"}
-    state["pos_embed"] = patches
-    # The parts of a ViT must match exactly; other projects' heads and decoders are ignored.
+        notes.append(f"class token {'dropped' if encoder.cls_token is None else 'kept'}")
+    state["pos_embed"] = torch.cat([token, patches], dim=1)
+    # The parts of a ViT must match exactly; other projects' heads, decoders and buffers are ignored.
     vit_parts = r"(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
-    unused = [
-        key for key in state if key not in own and not re.match(vit_parts, key)
-    ]  # heads, decoders, buffers
+    unused = [key for key in state if key not in own and not re.match(vit_parts, key)]
     problem = _differences(own, {key: value for key, value in state.items() if key not in unused})
     if problem:
         raise ValueError(f"the weights do not fit this encoder of {len(own)} tensors; {problem}")
@@ -723,8 +720,8 @@ def read_torch_file(path):
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         if unsafe:
             raise ValueError(
-                f"it holds an object of class {unsafe[1]}, which could run code when loaded; where the file was "
-                "made, save only the state dict: torch.save(model.state_dict(), FILE)"
+                f"it holds an object of class {unsafe[1]}, which could run code when loaded; where the file "
+                "was made, save only the state dict: torch.save(model.state_dict(), FILE)"
             ) from error
         raise ValueError(f"it is damaged, or torch.save did not write it ({type(error).__name__})") from error
 
@@ -741,13 +738,10 @@ def import_optional(name):
 def _leaves(tree, separator, prefix=""):
     """(path, tensor) of all tensors in nested dicts."""
     for name, value in tree.items():
-        if (
-            isinstance(value, dict) and "__msgpack_chunked_array__" in value
-        ):  # flax splits arrays of over 1 GiB
-            chunks, shape = (
-                [part[i] for i in sorted(part, key=int)] for part in (value["chunks"], value["shape"])
-            )
-            value = torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
+        if isinstance(value, dict) and "__msgpack_chunked_array__" in value:
+            # flax splits arrays of over 1 GiB into chunks, named "0", "1", ... in order, like the shape.
+            chunks = torch.cat([chunk.flatten() for chunk in value["chunks"].values()])
+            value = chunks.reshape(list(value["shape"].values()))
         if isinstance(value, dict):
             yield from _leaves(value, separator, f"{prefix}{name}{separator}")
         elif isinstance(value, torch.Tensor):
@@ -776,12 +770,10 @@ def _some(names, most=6):
 
 def _differences(own, state, shapes=True):
     """How a state dict differs from a module's own: missing, misshapen and unknown names; '' if it fits."""
-    misshapen = (
-        [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape] if shapes else []
-    )
+    shared = own.keys() & state.keys()
     lists = {
         "missing": own.keys() - state.keys(),
-        "with a different shape": misshapen,
+        "with a different shape": [key for key in shared if shapes and own[key].shape != state[key].shape],
         "unknown": state.keys() - own.keys(),
     }
     return "; ".join(f"{what}: {_some(names)}" for what, names in lists.items() if names)
@@ -822,14 +814,13 @@ def _find_vit(tree, branch):
     prefixes = [key[: match.start()] for key in flat if (match := PATCH_WEIGHT.search(key))]
     if not prefixes:
         raise ValueError("there is no ViT in it: no entry is named patch_embed.proj.weight")
-    # A file may hold several ViTs, such as teacher and student: take the one of the requested branch that has
-    # the shortest prefix.
+    # A file may hold several ViTs, such as teacher and student: take the requested branch's with the
+    # shortest prefix.
     wanted = [prefix for prefix in prefixes if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or prefixes, key=len)
     if prefix:
-        notes.append(
-            f"branch: {'teacher' if TEACHER_NAME.search(prefix) else 'student'} ({prefix.rstrip('.')})"
-        )
+        found = "teacher" if TEACHER_NAME.search(prefix) else "student"
+        notes.append(f"branch: {found} ({prefix.rstrip('.')})")
     state = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
     if "patch_embed.proj.weight" not in state:
         state = {_rename(name, HUGGING_FACE_NAMES): value for name, value in state.items()}
@@ -841,10 +832,9 @@ def _find_vit(tree, branch):
     if re.search("(momentum|base)_encoder", prefix) and len(state["encoder.patch_embed.proj.weight"]) == 384:
         heads = 12  # MoCo v3's ViT-S
     sizes = _vit_sizes(state, notes, heads, image_size)
+    # A whole LOCA also has a predictor and a head; a head of other projects holds other tensors.
     root = prefix.removesuffix("encoder.")
-    if (
-        f"{root}predictor.norm_query.weight" in flat or f"{root}head.prototypes.weight" in flat
-    ):  # a whole LOCA
+    if f"{root}predictor.norm_query.weight" in flat:
         parts = (f"{root}predictor.", f"{root}head.")
         state |= {key.removeprefix(root): value for key, value in flat.items() if key.startswith(parts)}
     return Weights(state, sizes, notes)

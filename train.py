@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -45,7 +44,7 @@ def fail(text):
     sys.exit(f"error: {text}")
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ----------------------------------------------------------------------------------------------------- images
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -132,7 +131,7 @@ class Images:
         return read_image(self.name(i))
 
 
-# ------------------------------------------------------------------------------------------ drawn scenes
+# ----------------------------------------------------------------------------------------------- drawn scenes
 
 SCENE_CLASSES = ("sky", "hill", "grass", "road", "house", "tree", "car", "person", "fence", "lamp")
 SCENE_PALETTE = (
@@ -193,12 +192,8 @@ def draw_scene(seed, width=240, height=192):
         part("road", "rectangle", (0, lane - 0.3 * ground, width, lane), colors["road"])
     else:
         x, near = width * r.uniform(0.3, 0.7), width * r.uniform(0.2, 0.4)
-        part(
-            "road",
-            "polygon",
-            (x - 5, horizon, x + 5, horizon, x + near, height, x - near, height),
-            colors["road"],
-        )
+        corners = (x - 5, horizon, x + 5, horizon, x + near, height, x - near, height)
+        part("road", "polygon", corners, colors["road"])
 
     names = [name for name in THINGS for _ in range(r.randint(0, THINGS[name][1] + 1))]
     feet = [lane if k == "car" and r.rand() < 0.7 else horizon + ground * r.uniform(0.08, 1) for k in names]
@@ -256,7 +251,7 @@ def open_images(args):
     return train_images, val_images
 
 
-# ------------------------------------------------------------------------------- views, in worker processes
+# --------------------------------------------------------------------------------- views, in worker processes
 
 
 def random_box(height, width, area, rng):
@@ -353,7 +348,7 @@ def read_batches(dataset, workers, device, **sampling):
     # The main process handles Ctrl-C and SIGTERM, though terminals and schedulers send them to all processes.
     # Workers inherit the mask of blocked signals.
     if workers:
-        resource_tracker.ensure_running()  # its start, which the first loader causes, would unblock both signals
+        resource_tracker.ensure_running()  # the first loader would start it, which unblocks both signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         iterator = iter(loader)
@@ -368,9 +363,7 @@ def read_batches(dataset, workers, device, **sampling):
         if "in a row cannot be read" in str(error):  # a worker's error ends with its own message
             fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
         if isinstance(error, ConnectionError | EOFError) or "(pid" in str(error):
-            fail(
-                f"a loader worker died ({error!r}); if memory ran out, use fewer --workers and run the command again"
-            )
+            fail(f"a loader worker died ({error!r}); if memory ran out, run it again with fewer --workers")
         raise
     finally:
         atexit.unregister(shut_down)
@@ -382,7 +375,7 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-# ---------------------------------------------------------------------------- colors, on the device, in batches
+# -------------------------------------------------------------------------- colors, on the device, in batches
 
 GRAY = (0.2989, 0.587, 0.114)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -497,14 +490,13 @@ def to_views(batch, args, random_colors=True):
     boxes, flips, large, small = batch["boxes"], batch["flips"], args.image_size, args.focal_size
     grid, focal_grid = large // args.patch_size, small // args.patch_size
     targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)  # B,N
-    focal_targets = loca.patch_targets(
-        boxes[:, :1], boxes[:, 2:], flips[:, 2:], small, focal_grid, grid
-    )  # B,F,n
+    focal_boxes = boxes[:, :1], boxes[:, 2:]  # B,1,4 and B,F,4
+    focal_targets = loca.patch_targets(*focal_boxes, flips[:, 2:], small, focal_grid, grid)  # B,F,n
     views = {"reference": reference, "query": query, "focal": focal}
     return {**views, "query_targets": targets, "focal_targets": focal_targets}
 
 
-# ------------------------------------------------------------------------ model, optimizer, schedules, precision
+# --------------------------------------------------------------------- model, optimizer, schedules, precision
 
 
 def build_model(args):
@@ -540,11 +532,10 @@ def init_from(path, model, teacher):
         own = {k: v for k, v in module.state_dict().items() if not k.startswith("encoder.")}
         fitting = {k: weights[k] for k in own if k in weights and weights[k].shape == own[k].shape}
         module.load_state_dict({**module.state_dict(), **fitting})
-        parts = {k.split(".")[0] for k in fitting}  # a part with no fitting tensor is named as a whole
-        new = {
-            k.rpartition(".")[0] if k.split(".")[0] in parts else k.split(".")[0]
-            for k in own.keys() - fitting
-        }
+        # Name the layers that did not fit, or the whole head or predictor if none of its layers did.
+        parts = {k.split(".")[0] for k in fitting}
+        left = [k for k in own if k not in fitting]
+        new = {k.rpartition(".")[0] if k.split(".")[0] in parts else k.split(".")[0] for k in left}
         yield f"{branch}: {'; '.join(notes)}; initialized from scratch: {', '.join(sorted(new)) or 'nothing'}"
 
 
@@ -610,8 +601,8 @@ def init_distributed(name=None):
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         fail(
             "srun starts processes that do not know about each other; run torchrun in one task per node: "
-            "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS --rdzv-backend=c10d "
-            f"--rdzv-endpoint=FIRST_NODE:29500 {Path(sys.argv[0]).name} ..."
+            "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS "
+            f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 {Path(sys.argv[0]).name} ..."
         )
     if name is None:
         mps = torch.backends.mps.is_available()
@@ -721,8 +712,8 @@ def check_finite(record, done, rank):
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = (
-            f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last checkpoint "
-            "is untouched: run the same command with a smaller --lr or with --precision float32"
+            f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last "
+            "checkpoint is untouched: run the same command with a smaller --lr or with --precision float32"
         )
         sys.exit(f"error: {text}" if rank == 0 else 1)
 
@@ -817,10 +808,7 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
                 continue
             name = "its" if key == "images" else flag(key)
             if key not in MAY_CHANGE:
-                fail(
-                    f"{path} was made with {name} {old[key]}, not {new[key]}: restore that value, or use "
-                    "another --out"
-                )
+                fail(f"{path} was made with {name} {old[key]}, not {new[key]}; restore it, or change --out")
             say(f"resuming with {name} {new[key]}, formerly {old[key]}")
             if key in ("steps", "epochs"):
                 say("the learning rate now follows the schedule of the new length")
@@ -830,13 +818,11 @@ def load_checkpoint(path, args, modules, world_size, device, say=print):
         say(f"resuming from {path} at step {saved['step']}")
     step = float(saved["step"]) if saved else 0.0
     if sum_over_processes([step], device)[0] != step * world_size:
-        fail(
-            f"--out {path.parent}: not all processes see the same checkpoint; machines must share this folder"
-        )
+        fail(f"--out {path.parent}: the processes see different checkpoints; machines must share this folder")
     return saved
 
 
-# ---------------------------------------------------------------------------------- held-out figures and picture
+# ------------------------------------------------------------------------------- held-out figures and picture
 
 
 def held_out_batches(images, args, device, indices):
@@ -854,7 +840,13 @@ def evaluate(model, teacher, images, args, rank, world_size, device):
     """Held-out position accuracy and loss, and how spread out the features are -> dict of floats. Each
     process takes the same number of images; stochastic depth is off."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    names = ("position_accuracy", "position_loss", "prototype_perplexity", "target_entropy")
+    names = (
+        "position_accuracy",
+        "position_distance",
+        "position_loss",
+        "prototype_perplexity",
+        "target_entropy",
+    )
     sums, tokens, count = 0.0, [], len(images) // world_size  # images of each process
     for _, views in held_out_batches(images, args, device, range(len(images))[rank::world_size][:count]):
         with autocast(args.precision, device):
@@ -864,6 +856,12 @@ def evaluate(model, teacher, images, args, rank, world_size, device):
     both.train()
     means = sum_over_processes(sums / (count * world_size), device)
     return {f"val_{name}": mean for name, mean in zip(names, means)} | feature_spread(torch.cat(tokens))
+
+
+def random_distance(grid):
+    """Mean distance of a random guess in patches: between two random positions of a grid (rows, columns)."""
+    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
+    return torch.cdist(cells, cells).mean().item()
 
 
 def feature_spread(tokens):
@@ -893,56 +891,79 @@ def warnings_of(record, done, total_steps, chances, prototypes):
         yield "collapse", "the features are nearly the same everywhere"
 
 
+def join(pictures, down=False, gap=6):
+    """Pictures in a row, or in a column if `down`, on white."""
+    ends = np.cumsum([(picture.height if down else picture.width) + gap for picture in pictures]).tolist()
+    across = max(picture.width if down else picture.height for picture in pictures)
+    sheet = Image.new("RGB", (across, ends[-1]) if down else (ends[-1], across), "white")
+    for picture, start in zip(pictures, [0, *ends]):
+        sheet.paste(picture, (0, start) if down else (start, 0))
+    return sheet
+
+
+def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
+    """One image as a puzzle, four pictures in a row: the reference with the query's outline, the query, and
+    its patches on the dimmed reference, where they belong and where the model puts them.
+
+    reference, query: square pictures of one size. boxes: of both, in pixels of the image. flipped: whether
+    the query is mirrored. targets, predicted: reference positions of its patches [N]; -1 is left out.
+    """
+    side, grid = reference.width, math.isqrt(len(targets))
+    (top, left, height, width), (y, x, h, w) = boxes
+    # The query's box, in pixels of the drawn reference.
+    x, w = (round(n * side / width) for n in (x - left, w))
+    y, h = (round(n * side / height) for n in (y - top, h))
+    outlined = reference.copy()
+    ImageDraw.Draw(outlined).rectangle((x, y, x + w, y + h), outline="red", width=3)
+    upright = (ImageOps.mirror(query) if flipped else query).resize((w, h), Image.BICUBIC)
+    pictures = [outlined, query]
+    for positions in (targets, predicted):
+        picture = Image.blend(reference, Image.new("RGB", reference.size, "white"), 0.75)
+        for k, (target, position) in enumerate(zip(targets, positions)):
+            row, column = k // grid, grid - 1 - k % grid if flipped else k % grid
+            part = [column * w // grid, row * h // grid, (column + 1) * w // grid, (row + 1) * h // grid]
+            # A patch lies where its content is, moved by the error of the prediction.
+            right, down = position % grid - target % grid, position // grid - target // grid
+            if target >= 0:
+                place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
+                picture.paste(upright.crop(part), place)
+        pictures.append(picture)
+    return join(pictures)
+
+
 @torch.no_grad()
 def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
-    """Draw where the model places the patches of held-out queries. One row per image: the reference, the
-    colors of its positions, the random query, and its patches in the colors of their true and predicted
-    positions."""
+    """Draw held-out images as puzzles, one a row. All patches of the random query are placed."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    everything = torch.arange(model.positions, device=device)
     batch, views = next(held_out_batches(images, args, device, range(min(rows, len(images)))))
     context, _ = model.encode_reference(views, teacher)
-    queries, targets = model.encode_queries(
-        {**views, "focal": views["focal"][:, :0]}, everything, teacher is not None
-    )
-    predicted = torch.where(targets < 0, -1, model.predictor(queries, context).argmax(-1)).cpu()
+    views["focal"] = views["focal"][:, :0]
+    everything = torch.arange(model.positions, device=device)
+    queries, targets = model.encode_queries(views, everything, position=teacher is not None)
+    predicted = model.predictor(queries, context).argmax(-1)  # B,N
     both.train()
 
-    # Nearby positions have similar colors; the last color, -1, is gray: outside the reference.
-    grid = math.isqrt(model.positions)
-    corners = torch.tensor(
-        [[[255.0, 255], [60, 40]], [[60, 225], [40, 225]], [[40, 60], [200, 160]]]
-    )  # of RGB
-    palette = F.interpolate(corners[None], (grid, grid), mode="bilinear", align_corners=True)[0].flatten(1).T
-    palette = torch.cat([palette, torch.full((1, 3), 110.0)])  # N+1,3
-
-    def cells(view, where=None):  # views [B, 3, s, s], patches tinted in the colors of positions [B, N]
-        view = F.interpolate(view.float(), (side, side))
-        if where is not None:
-            colors = palette[where].transpose(1, 2).unflatten(2, (grid, grid))  # B,3,rows,columns
-            view = 0.3 * view + 0.7 * F.interpolate(colors, (side, side))
-        return F.pad(view, (0, 6, 0, 6), value=255.0).permute(0, 2, 3, 1).flatten(0, 1)  # B(side+6),side+6,3
-
-    reference, query = batch["reference"], batch["query"]
-    everywhere = everything.cpu().expand(len(reference), -1)  # B,N
-    columns = [cells(reference), cells(reference, everywhere)]
-    columns += [cells(query), cells(query, targets.cpu()), cells(query, predicted)]
-    sheet = F.pad(torch.cat(columns, dim=1), (0, 0, 0, 0, 24, 0), value=255.0)  # with room for the titles
-    picture = Image.fromarray(sheet.byte().numpy())
-    for k, title in enumerate(
-        ("reference", "its positions", "query", "true positions", "predicted positions")
-    ):
-        place, font = (k * (side + 6) + 4, 3), ImageFont.load_default(14)
-        ImageDraw.Draw(picture).text(place, title, fill="black", font=font)
-    return picture
+    sheet = [Image.new("RGB", (4 * side, 18), "white")]
+    for k, title in enumerate(("reference, query in red", "query", "true placement", "predicted placement")):
+        font, place = ImageFont.load_default(13), (k * (side + 6) + 2, 0)
+        ImageDraw.Draw(sheet[0]).text(place, title, fill="black", font=font)
+    for i in range(len(targets)):
+        views = (batch[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
+        pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in views]
+        boxes, flipped = batch["boxes"][i, :2].tolist(), bool(batch["flips"][i, 1])
+        sheet.append(draw_puzzle(*pictures, boxes, flipped, targets[i].tolist(), predicted[i].tolist()))
+    return join(sheet, down=True)
 
 
-# ---------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def main(args, images=None):
-    """Pretrain with the given settings, from the last checkpoint in --out if there is one. images: training and
-    held-out images of your own, instead of those of the flags: objects like Images that can be pickled."""
+    """Pretrain with the given settings, from the last checkpoint in --out if there is one.
+
+    images: your own training and held-out images, instead of those of the flags, as picklable objects like
+    Images.
+    """
     # ---- processes: torchrun's environment, or a single one ----
     rank, world_size, device = init_distributed(args.device)
     args.precision = args.precision or default_precision(device)
@@ -990,19 +1011,18 @@ def main(args, images=None):
     per_device = args.batch // world_size // args.accumulate
     size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     say(
-        f"{world_size} x {device.type}, {args.precision}; batch {args.batch} = {per_device} images per device x "
-        f"{world_size} x {args.accumulate} accumulated\n{len(train_images)} images, {steps_per_epoch} steps per "
-        f"epoch, {len(val_images)} held out; encoder of {size:.1f} M parameters; {total_steps} steps; in {out}"
+        f"{world_size} x {device.type}, {args.precision}; batch {args.batch} = {per_device} images per "
+        f"device x {world_size} x {args.accumulate} accumulated\n{len(train_images)} images, "
+        f"{steps_per_epoch} steps per epoch, {len(val_images)} held out; encoder of {size:.1f} M parameters; "
+        f"{total_steps} steps; in {out}"
     )
     if args.data and len(train_images) < 20000 and not (args.small or args.init):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
     warned, saved_at = set(), time.monotonic()
 
     # ---- loop ----
-    place = (rank, world_size)
-    keys = step_keys(
-        len(train_images), args.batch, args.seed, start_step, total_steps, *place, args.accumulate
-    )
+    steps, place = (args.batch, args.seed, start_step, total_steps), (rank, world_size)
+    keys = step_keys(len(train_images), *steps, *place, args.accumulate)
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
     with contextlib.closing(batches), catch_signals() as stop:
         for step in range(start_step, total_steps):
@@ -1042,9 +1062,7 @@ def main(args, images=None):
             check_finite(record, done, rank)
             stopping = sum_over_processes([float(stop.signal is not None)], device)[0] > 0
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
-            terms = [
-                f"{name} {record[name]:.3f} (chance {chance:.2f}) | " for name, chance in chances.items()
-            ]
+            terms = [f"{name} {record[name]:.3f} (chance {at:.2f}) | " for name, at in chances.items()]
             say(
                 f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | loss {record['loss']:.3f} | "
                 f"{''.join(terms)}accuracy {record['position_accuracy']:.1%} | lr {record['lr']:.1e} | "
@@ -1056,9 +1074,11 @@ def main(args, images=None):
                     record |= evaluate(model, teacher, val_images, args, *place, device)
                 accuracy = record["val_position_accuracy"]
                 say(
-                    f"held out: position accuracy {accuracy:.2%} (chance {1 / model.positions:.2%}), loss "
-                    f"{record['val_position_loss']:.3f} | features: spread {record['feature_std']:.2f} of 1, "
-                    f"effective rank {record['effective_rank']:.0f} of {args.dim}"
+                    f"held out: position accuracy {accuracy:.2%} (chance {1 / model.positions:.2%}), "
+                    f"{record['val_position_distance']:.2f} patches off (a random guess: "
+                    f"{random_distance(model.encoder.grid):.2f}), loss {record['val_position_loss']:.3f} | "
+                    f"features: spread {record['feature_std']:.2f} of 1, effective rank "
+                    f"{record['effective_rank']:.0f} of {args.dim}"
                 )
                 meter.reset()  # do not count the time of the evaluation
             used = args.prototypes if teacher else 0
@@ -1093,7 +1113,7 @@ def main(args, images=None):
     say(f"next: python finetune_seg.py{flags}{' --small' if args.small else ''}")
 
 
-# --------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 SMALL_PRESET = {  # for hundreds to thousands of images on a CPU; .github/EXPERIMENTS.md lists what was tried
     "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 768, "image_size": 64, "focal_size": 32, "focal": 4,
@@ -1111,10 +1131,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Help that shows the default after each text, unless there is none."""
 
     def _get_help_string(self, action):
-        hidden = any(
-            action.default is x for x in (None, False, argparse.SUPPRESS)
-        )  # not 0, which equals False
-        return action.help if hidden else f"{action.help} (%(default)s)"
+        shown = action.default not in (None, argparse.SUPPRESS) and action.default is not False
+        return f"{action.help} (%(default)s)" if shown else action.help
 
 
 def number(kind, valid, rule):
@@ -1220,9 +1238,9 @@ def check_batch(args, parser):
     """Check that the batch can be divided among processes and micro-batches; settle the number of workers."""
     shares = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
     if args.batch % shares:
-        nearest = max(1, round(args.batch / shares)) * shares
+        near = max(1, round(args.batch / shares)) * shares
         parser.error(
-            f"--batch {args.batch} is not a multiple of {shares} (processes x --accumulate): try {nearest}"
+            f"--batch {args.batch} is no multiple of {shares} (processes x --accumulate): try {near}"
         )
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -520,16 +520,12 @@ def distort(image, rng):
     """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast
     0.5..1.5 before or after saturation 0.5..1.5 of HSV's S, and hue -36..34 degrees in steps of 2
     (mmsegmentation, Segmenter)."""
-
-    def chance():
-        return rng.random() < 0.5
-
-    if chance():
+    if rng.random() < 0.5:
         image = (image + rng.uniform(-32, 32)).clip(0, 255).astype(np.uint8)
-    # A fair coin decides whether contrast comes before or after the changes in HSV.
-    late, contrast = chance(), rng.uniform(0.5, 1.5) if chance() else 1.0
-    saturation = rng.uniform(0.5, 1.5) if chance() else 1.0
-    degrees = 2 * int(rng.integers(-18, 18)) if chance() else 0
+    late = rng.random() < 0.5  # contrast comes after the changes in HSV
+    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    degrees = 2 * int(rng.integers(-18, 18)) if rng.random() < 0.5 else 0
     if not late:
         image = (image * contrast).clip(0, 255).astype(np.uint8)
     if saturation != 1 or degrees:
@@ -827,11 +823,8 @@ def scores(matrix):
 def average_precision(confidence, present):
     """Mean of the precision at each positive: confidence float [n], present bool [n] -> 0..1. Equal
     confidences share one rank."""
-    # Precision at a rank is the share of positives among all that are at least as confident.
-    order = np.argsort(-confidence, kind="stable")
-    confidence, present = confidence[order], present[order]
-    last = np.searchsorted(-confidence, -confidence, side="right")  # rank of the last tie, from 1
-    return float((present.cumsum()[last - 1] / last)[present].mean())
+    # Precision is the share of positives among all that are at least as confident.
+    return float(np.mean([present[confidence >= threshold].mean() for threshold in confidence[present]]))
 
 
 @torch.no_grad()
@@ -898,7 +891,7 @@ def report(result, classes, say, protocol, table=True):
 
 
 def write_results(path, result, classes, **more):
-    """Write the metrics of an evaluation as JSON."""
+    """Write the metrics of an evaluation as JSON; a class without IoU or accuracy has null."""
     iou, accuracy = (np.where(np.isnan(x), None, x) for x in (result["iou"], result["accuracy"]))
     columns = (classes, iou.tolist(), accuracy.tolist(), result["pixels"].tolist())
     by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(*columns)]
@@ -917,51 +910,42 @@ def paint(labels, palette):
     return Image.fromarray(colors[np.asarray(labels)])
 
 
-def legend(labels, classes, palette):
-    """Color and name of every class in `labels`, one below the other, most frequent first."""
-    counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(classes)]
+def add_legend(picture, labels, classes, palette):
+    """The picture and, to its right, color and name of every class in `labels`, most frequent first."""
+    counts = np.bincount(labels.ravel(), minlength=256)[: len(classes)]
     shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
-    font, row = ImageFont.load_default(13), 20
-    width = 40 + max((int(font.getlength(classes[k])) for k in shown), default=0)
-    column = Image.new("RGB", (width, row * len(shown) + 8), "white")
-    pen = ImageDraw.Draw(column)
+    font, row, left = ImageFont.load_default(13), 20, picture.width + 10
+    right = left + 30 + max((int(font.getlength(classes[k])) for k in shown), default=0)
+    sheet = Image.new("RGB", (right, max(picture.height, row * len(shown) + 8)), "white")
+    sheet.paste(picture)
+    pen = ImageDraw.Draw(sheet)
     for y, k in zip(itertools.count(4, row), shown):
-        pen.rectangle((6, y + 2, 22, y + row - 4), fill=tuple(palette[k]), outline="black")
-        pen.text((28, y + 1), classes[k], fill="black", font=font)
-    return column
-
-
-def join(pictures, down=False, gap=4):
-    """Pictures on white, in a row or, if `down`, in a column."""
-    widths, heights = zip(*(picture.size for picture in pictures))
-    size = (
-        (max(widths), sum(heights) + gap * len(pictures))
-        if down
-        else (sum(widths) + gap * len(pictures), max(heights))
-    )
-    sheet, start = Image.new("RGB", size, "white"), 0
-    for picture in pictures:
-        sheet.paste(picture, (0, start) if down else (start, 0))
-        start += gap + (picture.height if down else picture.width)
+        pen.rectangle((left, y + 2, left + 16, y + row - 4), fill=tuple(palette[k]), outline="black")
+        pen.text((left + 22, y + 1), classes[k], fill="black", font=font)
     return sheet
 
 
 @torch.no_grad()
-def draw_sheet(model, source, args, device, classes, palette, rows=4, height=200):
-    """Evenly spaced images of a set, one row each: photo, truth, prediction and legend."""
+def draw_sheet(path, model, source, args, device, classes, palette, rows=4, width=300, height=200):
+    """Write a picture of evenly spaced images of a set, one row each: photo, truth and prediction."""
     model.eval()
-    title = Image.new("RGB", (420, 20), "white")
-    ImageDraw.Draw(title).text((4, 3), "photo | truth | prediction (ignored pixels: black)", fill="black")
-    sheet = [title]
-    for i in np.unique(np.linspace(0, len(source) - 1, rows).astype(int)):
+    indices = np.unique(np.linspace(0, len(source) - 1, rows).astype(int))
+    sheet, shown = Image.new("RGB", (3 * width, 24 + len(indices) * height), "white"), []
+    for column, title in enumerate(("photo", "truth (black: ignored)", "prediction")):
+        font = ImageFont.load_default(14)
+        ImageDraw.Draw(sheet).text((column * width + 4, 3), title, fill="black", font=font)
+    for row, i in enumerate(indices):
         image, truth = source.read(i)
-        predicted, truth = segment(model, image.to(device), args, len(classes)), truth.numpy()
-        size = (max(1, min(4 * height, round(height * truth.shape[1] / truth.shape[0]))), height)
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.BICUBIC)
-        maps = [paint(x, palette).resize(size, Image.NEAREST) for x in (truth, predicted)]
-        sheet.append(join([photo, *maps, legend([truth, predicted], classes, palette)]))
+        predicted = segment(model, image.to(device), args, len(classes))
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+        for column, picture in enumerate((photo, paint(truth, palette), paint(predicted, palette))):
+            method = Image.BICUBIC if picture is photo else Image.NEAREST
+            cell = ImageOps.contain(picture, (width - 4, height - 4), method)
+            sheet.paste(cell, (column * width, 24 + row * height))
+        shown += [truth.numpy().ravel(), predicted.ravel()]
     model.train()
-    return join(sheet, down=True)
+    sheet = add_legend(sheet, np.concatenate(shown), classes, palette)
+    train.write_file(path, functools.partial(sheet.save, format="PNG"))
 
 
 # -------------------------------------------------------------------------------------- evaluate and predict
@@ -995,8 +979,7 @@ def evaluate_only(args, content):
     if rank == 0:
         figures = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
         write_results(out / "results.json", result, classes, **figures)
-        sheet = draw_sheet(model, source, args, device, classes, palette)
-        train.write_file(out / "predictions.png", functools.partial(sheet.save, format="PNG"))
+        draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
         say(f"{out}: results.json, predictions.png")
 
 
@@ -1024,7 +1007,7 @@ def predict(args, content):
         labels = segment(model, image.to(device), args, len(classes))
         mask = paint(labels, palette)
         overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask, 0.55)
-        overlay = join([overlay, legend(labels, classes, palette)])
+        overlay = add_legend(overlay, labels, classes, palette)
         stem = name.with_suffix("")
         result = Path(args.out, stem if stems[stem] == 1 else name)
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
@@ -1083,9 +1066,7 @@ def main(args):
     modules = {"model": model, "optimizer": optimizer}
     saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
-    net = model
-    if world_size > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
     meter, log = train.Meter(device, world_size), train.Log(out, start_step) if rank == 0 else None
@@ -1153,12 +1134,9 @@ def main(args):
                 if rank == 0:
                     figures = {"protocol": protocol, "step": done, "best": best}
                     write_results(out / "results.json", result, classes, **figures)
-                    if better:
-                        train.save_checkpoint(
-                            out / "best.pt", args, done, {"model": model}, best=best, **more
-                        )
-                    sheet = draw_sheet(model, val_images, args, device, classes, palette)
-                    train.write_file(out / "predictions.png", functools.partial(sheet.save, format="PNG"))
+                    draw_sheet(out / "predictions.png", model, val_images, args, device, classes, palette)
+                if rank == 0 and better:
+                    train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 log.write({"step": done, "epoch": done * args.batch / len(images), **record})
@@ -1338,12 +1316,11 @@ def read_checkpoint(path, parser):
     """The contents of a checkpoint of this script. Exits with an error if the file is something else."""
     try:
         content = loca.read_torch_file(path)
-        if {"model", "settings", "classes", "palette"} <= content.keys():
-            return content
-        reason = "it is not a checkpoint of this script"
-    except (ValueError, AttributeError) as error:
-        reason = str(error)
-    parser.error(f"--checkpoint {path}: {reason}")
+    except ValueError as error:
+        parser.error(f"--checkpoint {path}: {error}")
+    if not isinstance(content, dict) or not {"model", "settings", "classes", "palette"} <= content.keys():
+        parser.error(f"--checkpoint {path}: it is not a checkpoint of this script")
+    return content
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -62,7 +62,7 @@ class DataSet:
     values: dict | None = None
     colors: dict | None = None
     palette_indices: bool = True  # a mask with a palette holds class indices, not colors
-    painted: bool = False  # as SUIM's: only colors, of channels near 0 or 255; may be larger than the image
+    painted: bool = False  # SUIM: only colors, channels are near 0 or 255, masks may exceed their images
     stray: float = 0.0
     base_size: int = 512
     crop: int = 512
@@ -250,7 +250,7 @@ def search_layouts(name, folder, split):
     part = dict(zip(("train", "val", "test"), data.splits))[split]
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     for root, layout in itertools.product(["", *data.roots, *subfolders], data.layouts):
-        images, masks, listing, offset = (*layout, None, None)[:4]
+        images, masks, listing, offset = (*layout, None, None)[:4]  # the last two are optional
         root = Path(folder, root)
         image_files, mask_files = (find_files(root, x.format(split=part)) for x in (images, masks))
         names_file = root / listing.format(split=part) if listing else None
@@ -296,7 +296,7 @@ def find_pairs(name, folder, split):
 
 def read_class_list(folder):
     """Classes of a folder from classes.txt ('name' or 'name R G B' per line, 'ignore' for ignored pixels) or
-    CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors; None without both."""
+    CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors, or None."""
     color, entries = r"(\d+)\D+(\d+)\D+(\d+)", []  # entries: name, and RGB color or None
     patterns = {"classes.txt": rf"(.*?)(?:\s+{color})?\s*", "labelmap.txt": rf"([^#]*?):{color}:.*"}
     for file, pattern in patterns.items():
@@ -352,7 +352,9 @@ class Labeled:
             colored = mask.mode in ("RGB", "RGBA") or by_palette
             raw = np.asarray(mask.convert("RGB") if colored else mask)
         if colored and not self.data.colors:
-            raise ValueError("it holds RGB colors, not class indices; a folder lists them in its classes.txt")
+            raise ValueError(
+                "it holds RGB colors, not class indices; for folder:DIR, list them in classes.txt"
+            )
         if colored:
             raw = (raw >= 128) * np.uint8(255) if self.data.painted else raw
             labels = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]]
@@ -369,8 +371,7 @@ class Labeled:
         return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
 
     def fit(self, labels, height, width):
-        """Labels, cropped to the size of their image if the data set allows it. Raises ValueError if the
-        sizes differ otherwise."""
+        """Labels, cropped to their image if the data set allows it. Raises ValueError if sizes differ."""
         if self.data.painted and labels.shape[0] >= height and labels.shape[1] >= width:
             labels = labels[:height, :width]
         if labels.shape != (height, width):
@@ -416,7 +417,8 @@ def check_masks(parts, rank, world_size, device):
     """Read all masks once, shared among the processes -> pixels by label [256], stray pixels, cropped masks,
     mean short side of the images. Exits with an error that names invalid masks."""
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
-    jobs, wrong = [(part, i) for part in parts for i in range(len(part))][rank::world_size], []
+    jobs = [(part, i) for part in parts for i in range(len(part))][rank::world_size]
+    wrong = []
 
     def check(job):
         part, i = job
@@ -518,8 +520,7 @@ def choose_crop(labels, crop, rng, most=0.75, redraws=10):
 
 def distort(image, rng):
     """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast
-    0.5..1.5 before or after saturation 0.5..1.5 of HSV's S, and hue -36..34 degrees in steps of 2
-    (mmsegmentation, Segmenter)."""
+    0.5..1.5 before or after HSV's saturation 0.5..1.5, hue -36..34 degrees (mmsegmentation, Segmenter)."""
     if rng.random() < 0.5:
         image = (image + rng.uniform(-32, 32)).clip(0, 255).astype(np.uint8)
     late = rng.random() < 0.5  # contrast comes after the changes in HSV
@@ -624,8 +625,7 @@ class Segmenter(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D],
-    without class and register tokens."""
+    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D]."""
 
     def __init__(self, name, image_size, drop_path, **weights):
         super().__init__()
@@ -642,7 +642,7 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images):
         tokens = self.model.forward_features(images * self.scale + self.shift)
-        return tokens[:, self.model.num_prefix_tokens :]
+        return tokens[:, self.model.num_prefix_tokens :]  # without class and register tokens
 
 
 SIZES = ("patch_size", "dim", "depth", "heads", "mlp_dim")
@@ -711,8 +711,7 @@ def settle_windows(args):
 
 def parameter_groups(model, weight_decay, layer_decay):
     """Parameter groups by learning rate scale and weight decay. The decoder and the last norm have scale 1,
-    each block `layer_decay` times that of the block above; weight decay applies only to tensors with two or
-    more dimensions."""
+    each block `layer_decay` times that of the block above; tensors of one dimension have no weight decay."""
     names = [name for name, _ in model.named_parameters()]
     blocks = [re.match(r"encoder\.(?:model\.)?blocks\.(\d+)\.", name) for name in names]
     depth, groups = 1 + max((int(block[1]) for block in blocks if block), default=0), {}
@@ -792,8 +791,7 @@ def segment(model, image, args, classes):
     """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not
     fit in memory is predicted at a smaller size."""
     size = image.shape[-2:]
-    # Memory grows with classes times pixels.
-    fraction = LARGEST / (classes * math.prod(size))
+    fraction = LARGEST / (classes * math.prod(size))  # share of the pixels that fit in memory
     small = size if fraction >= 1 else scaled_size(*size, math.sqrt(fraction) * min(size))
     labels = class_probabilities(model, image, args, small).argmax(0).to(torch.uint8).cpu()
     return F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0].numpy()
@@ -814,16 +812,15 @@ def scores(matrix):
     right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore"):
         iou, accuracy = right / (true + predicted - right), right / true
-    means = [float(np.nanmean(x)) if np.isfinite(x).any() else 0.0 for x in (iou, accuracy)]
+    miou, mean_accuracy = (float(np.nanmean(x)) if np.isfinite(x).any() else 0.0 for x in (iou, accuracy))
     pixel_accuracy = float(right.sum() / max(true.sum(), 1))
-    means = {"miou": means[0], "pixel_accuracy": pixel_accuracy, "mean_accuracy": means[1]}
+    means = {"miou": miou, "pixel_accuracy": pixel_accuracy, "mean_accuracy": mean_accuracy}
     return {**means, "iou": iou, "accuracy": accuracy}
 
 
 def average_precision(confidence, present):
-    """Mean of the precision at each positive: confidence float [n], present bool [n] -> 0..1. Equal
-    confidences share one rank."""
-    # Precision is the share of positives among all that are at least as confident.
+    """Mean of the precision at each positive: confidence float [n], present bool [n] -> 0..1."""
+    # Precision is the share of positives among all that are at least as confident, ties included.
     return float(np.mean([present[confidence >= threshold].mean() for threshold in confidence[present]]))
 
 
@@ -926,22 +923,23 @@ def add_legend(picture, labels, classes, palette):
 
 
 @torch.no_grad()
-def draw_sheet(path, model, source, args, device, classes, palette, rows=4, width=300, height=200):
+def draw_sheet(path, model, source, args, device, classes, palette, rows=4, width=260, height=200):
     """Write a picture of evenly spaced images of a set, one row each: photo, truth and prediction."""
     model.eval()
     indices = np.unique(np.linspace(0, len(source) - 1, rows).astype(int))
     sheet, shown = Image.new("RGB", (3 * width, 24 + len(indices) * height), "white"), []
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for column, title in enumerate(("photo", "truth (black: ignored)", "prediction")):
-        font = ImageFont.load_default(14)
-        ImageDraw.Draw(sheet).text((column * width + 4, 3), title, fill="black", font=font)
+        pen.text((column * width + 4, 3), title, fill="black", font=font)
     for row, i in enumerate(indices):
         image, truth = source.read(i)
         predicted = segment(model, image.to(device), args, len(classes))
         photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+        scale = min((width - 4) / photo.width, (height - 4) / photo.height)
+        size = [max(1, round(side * scale)) for side in photo.size]
         for column, picture in enumerate((photo, paint(truth, palette), paint(predicted, palette))):
-            method = Image.BICUBIC if picture is photo else Image.NEAREST
-            cell = ImageOps.contain(picture, (width - 4, height - 4), method)
-            sheet.paste(cell, (column * width, 24 + row * height))
+            resized = picture.resize(size, Image.BICUBIC if picture is photo else Image.NEAREST)
+            sheet.paste(resized, (column * width, 24 + row * height))
         shown += [truth.numpy().ravel(), predicted.ravel()]
     model.train()
     sheet = add_legend(sheet, np.concatenate(shown), classes, palette)
@@ -957,9 +955,7 @@ def load_segmenter(args, content, device):
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:  # it lists every tensor that does not fit
-        fail(
-            f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop, --model and other sizes"
-        )
+        fail(f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop and model sizes")
     return model.to(device).eval()
 
 
@@ -985,8 +981,7 @@ def evaluate_only(args, content):
 
 @torch.no_grad()
 def predict(args, content):
-    """Segment any images: NAME_mask.png in colors, NAME_overlay.png with a legend, NAME_labels.png with class
-    indices."""
+    """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices)."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     settle_windows(args)
@@ -1038,7 +1033,7 @@ def main(args):
     # --fraction keeps part of the training images; the settings identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
-    names = "/".join(str(Path(str(image)).name) for image, *_ in images.pairs) if args.folder else "scenes"
+    names = "/".join(Path(image).name for image, _ in images.pairs) if args.folder else "scenes"
     args.images = f"{len(images)} images, names {hashlib.sha256(names.encode()).hexdigest()[:8]}"
     args.classes = len(classes)
     epoch_images = whole if args.schedule_in == "steps" else len(images)
@@ -1180,12 +1175,12 @@ def data_flag(text):
     if name not in DATASETS or not folder:
         raise argparse.ArgumentTypeError(f"give NAME:DIR, NAME one of {', '.join(DATASETS)}, not {text!r}")
     if not os.path.isdir(folder):
-        raise argparse.ArgumentTypeError(f"{text}: there is no folder {folder}")
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
     return text
 
 
-def fraction_flag(text):
-    """argparse type of --fraction, such as 1/32 or 0.25."""
+def fraction(text):
+    """argparse type of a share, such as 1/32 or 0.25."""
     part, _, whole = text.partition("/")
     return share(float(part) / count(whole or 1))
 
@@ -1198,7 +1193,7 @@ def make_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
     g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
-    g.add_argument("--fraction", type=fraction_flag, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
+    g.add_argument("--fraction", type=fraction, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
     g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs over the subset, or for as many steps as with all images")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=count, default=400, help="number of drawn scenes to train on, without --data")

@@ -343,8 +343,7 @@ class Labeled:
         return self.pairs[i][0]
 
     def labels(self, i):
-        """Class indices of a mask, and how many pixels belong to no class and are ignored. Raises ValueError
-        if there are too many of these."""
+        """Labels of a mask, and the number of its stray pixels, now ignored. Raises ValueError if invalid."""
         with Image.open(self.pairs[i][1]) as mask:
             if mask.format == "JPEG":
                 raise ValueError("JPEG changes the values of a mask; save masks as PNG")
@@ -456,9 +455,9 @@ def open_data(args, splits, rank, world_size, device, say, classes=None):
     pixels, stray, cropped, short = check_masks(parts, rank, world_size, device)
     say(f"{sum(map(len, parts))} masks checked in {time.perf_counter() - start:.1f} s")
     if stray:
-        say(f"note: {stray:.0f} pixels ({stray / pixels.sum():.2%}) belong to no class and are ignored")
+        say(f"note: {stray} pixels ({stray / pixels.sum():.2%}) belong to no class and are ignored")
     if cropped:
-        say(f"note: {cropped:.0f} masks cropped to their images")
+        say(f"note: {cropped} masks cropped to their images")
     if args.base_size and short > 3 * args.base_size:
         say(f"note: images shrink from {short:.0f} to {args.base_size} pixels; --base-size 0 prevents this")
     if name == "folder" and classes is None:
@@ -788,10 +787,10 @@ def class_probabilities(model, image, args, size=None):
 
 
 def segment(model, image, args, classes):
-    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not
-    fit in memory is predicted at a smaller size."""
+    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]."""
+    # The probabilities of a large photo would not fit in memory: predict it at a smaller size.
     size = image.shape[-2:]
-    fraction = LARGEST / (classes * math.prod(size))  # share of the pixels that fit in memory
+    fraction = LARGEST / (classes * math.prod(size))
     small = size if fraction >= 1 else scaled_size(*size, math.sqrt(fraction) * min(size))
     labels = class_probabilities(model, image, args, small).argmax(0).to(torch.uint8).cpu()
     return F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0].numpy()
@@ -1250,13 +1249,14 @@ def choose_preset(given, name):
         preset["init"] = "timm"
     elif data is None and os.path.exists(SCENES_RUN):
         preset["init"] = SCENES_RUN
+    # A preset's learning rate belongs to its optimizer.
     optimizer = given.optimizer or preset["optimizer"]
     if optimizer != preset["optimizer"]:
         preset["lr"] = ADAMW["lr"] if optimizer == "adamw" else (data or DataSet).lr
     preset["weight_decay"] = ADAMW["weight_decay"] if optimizer == "adamw" else 0.0
     if given.epochs:
         preset["steps"] = None
-    if given.encoder or (given.init or preset["init"]) != "none":  # its sizes count, not those of the preset
+    if given.encoder or (given.init or preset["init"]) != "none":  # the weights decide the sizes
         preset = {key: value for key, value in preset.items() if key not in SIZES}
     return preset
 
@@ -1277,7 +1277,7 @@ def parse_args(arguments=None):
         saved = content["settings"]
         if given.data is None:
             name, folder = saved["name"], saved["folder"]
-        if name == saved["name"]:
+        if name == saved["name"]:  # otherwise the other data set's sizes count
             usual = {key: saved[key] for key in usual}
             preset["base_size"] = saved["base_size"]
         preset |= {key: value for key, value in saved.items() if key not in NOT_FROM_CHECKPOINT}

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +50,8 @@ class DataSet:
     and in its subfolders. An image and a mask belong together if their stars match the same text, or their
     '#' the same number; '|' separates alternatives, '.*' at the end matches any image extension. Without
     {split}, every fifth image is held out. splits: the values of {split}. values: class of each value of an
-    integer mask; None if the value is the class. colors: class of each RGB color. integers: whether masks may
-    hold integers. stray: largest share of a mask's pixels that may belong to no class; they are ignored.
-    base_size 0: each image's own size.
+    integer mask; None if the value is the class. colors: class of each RGB color. stray: largest share of a
+    mask's pixels that may belong to no class; they are ignored. base_size 0: each image's own size.
     """
 
     classes: tuple
@@ -63,10 +61,8 @@ class DataSet:
     roots: tuple = ()
     values: dict | None = None
     colors: dict | None = None
-    integers: bool = True
     palette_indices: bool = True  # a mask with a palette holds class indices, not colors
-    rounded: bool = False  # color channels are rounded to 0 or 255
-    crop_masks: bool = False  # masks may be larger than their images at the bottom and right
+    painted: bool = False  # SUIM: only colors, channels are near 0 or 255, masks may exceed their images
     stray: float = 0.0
     base_size: int = 512
     crop: int = 512
@@ -133,9 +129,8 @@ CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic li
 vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
 CITYSCAPES_PALETTE = colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98
 4682b4 dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20""")
-CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED) | {
-    i: k for k, i in enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
-}
+CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED)
+CITYSCAPES_IDS |= dict(zip((7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33), range(19)))
 CAMVID = names_of("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
 CAMVID_COLORS = {  # the 32 original colors, grouped as in SegNet; the first of each class is its palette color
     0: colors_of("808080"),
@@ -165,12 +160,6 @@ ISPRS = names_of("impervious surface, building, low vegetation, tree, car, clutt
 ISPRS_PALETTE = colors_of("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
 SUIM = names_of("water, diver, plants, wreck, robot, reef, fish, sea floor")
 SUIM_PALETTE = tuple(itertools.product((0, 255), repeat=3))
-
-
-def by_color(palette):
-    """Class of each color of a palette."""
-    return {color: k for k, color in enumerate(palette)}
-
 
 # Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow
 # the nearest of these. The README's table lists where to get the files, and their pitfalls.
@@ -224,10 +213,11 @@ DATASETS = {
                                   ("images", "masks"))
             for image, these in (("*_RGB.tif", ("*_label.tif", "*_label_noBoundary.tif")),
                                  ("*.tif", ("*.tif", "*_noBoundary.tif")), ("*.*", ("*.*",)))),
-        ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **by_color(ISPRS_PALETTE)}, stray=0.05, base_size=0),
+        ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, stray=0.05,
+        base_size=0),
     "suim": DataSet(
-        SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), SUIM_PALETTE, ("train_val", "TEST"), ("SUIM",), integers=False,
-        palette_indices=False, colors=by_color(SUIM_PALETTE), rounded=True, crop_masks=True, base_size=480, crop=480, stride=320),
+        SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), SUIM_PALETTE, ("train_val", "TEST"), ("SUIM",),
+        palette_indices=False, painted=True, colors=dict(zip(SUIM_PALETTE, range(8))), base_size=480, crop=480, stride=320),
     "folder": DataSet((), (
         ("images/{split}/*.*", "masks/{split}/*.*"), ("images/{split}/*.*", "masks/{split}/*_mask.*"),
         ("JPEGImages/*.*", "SegmentationClass/*.*", "ImageSets/Segmentation/{split}.txt"),
@@ -240,17 +230,16 @@ def find_files(root, patterns):
     """Files below `root` that match one of the patterns, keyed by the text that its stars and '#' match."""
     found, extension = {}, "|".join(map(re.escape, train.EXTENSIONS))
     for pattern in reversed(patterns.split("|")):  # the first alternative wins
-        regex = re.sub(r"\\\.\\\*$", lambda _: f"(?i:{extension})", re.escape(pattern))
-        regex, seen = regex.replace(r"\*", "([^/]*)").replace(r"\#", "0*([0-9]+)"), {}
-        for path in glob.glob(pattern.replace("#", "*"), root_dir=root):  # never finds hidden files
-            match = re.fullmatch(regex, path.replace(os.sep, "/"), re.DOTALL)
-            if match and match.groups() in seen:
-                fail(
-                    f"{os.path.join(root, path)} and {seen[match.groups()]}: the same name twice; remove one"
-                )
+        regex = re.escape(pattern.removesuffix(".*")).replace(r"\*", "([^/]*)").replace(r"\#", "0*([0-9]+)")
+        regex += f"(?i:{extension})" if pattern.endswith(".*") else ""
+        files = {}
+        for name in glob.glob(pattern.replace("#", "*"), root_dir=root):  # never finds hidden files
+            path, match = os.path.join(root, name), re.fullmatch(regex, name.replace(os.sep, "/"), re.DOTALL)
+            if match and match.groups() in files:
+                fail(f"{path} and {files[match.groups()]}: the same name twice; remove one")
             if match:
-                seen[match.groups()] = os.path.join(root, path)
-        found |= seen
+                files[match.groups()] = path
+        found |= files
     return found
 
 
@@ -261,27 +250,26 @@ def search_layouts(name, folder, split):
     part = dict(zip(("train", "val", "test"), data.splits))[split]
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     for root, layout in itertools.product(["", *data.roots, *subfolders], data.layouts):
-        root, (images, masks, listing, offset) = os.path.join(folder, root), (*layout, None, 0)[:4]
-        listing = listing and os.path.join(root, listing.format(split=part))
+        images, masks, listing, offset = (*layout, None, None)[:4]  # the last two are optional
+        root = Path(folder, root)
         image_files, mask_files = (find_files(root, x.format(split=part)) for x in (images, masks))
-        if not image_files or not mask_files or (listing and not os.path.exists(listing)):
+        names_file = root / listing.format(split=part) if listing else None
+        if not image_files or not mask_files or (names_file and not names_file.exists()):
             continue
         if offset and split == "train":
             mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
         wanted = sorted(image_files)
-        if listing:  # names, or paths of images, one per line
-            lines = Path(listing).read_text().splitlines()
+        if names_file:  # names, or paths of images, one per line
+            lines = names_file.read_text().splitlines()
             wanted = sorted({(Path(line.split()[0]).stem,) for line in lines if line.strip()})
-        missing = [(key, kind) for kind, files in (("image", image_files), ("mask", mask_files))
-                   for key in wanted if key not in files]  # fmt: skip
+        missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in image_files]
+        missing += [f"{'/'.join(key)!r} has no mask" for key in wanted if key not in mask_files]
         if wanted and not missing:
             pairs = [(image_files[key], mask_files[key]) for key in wanted]
-            return pairs, "{split}" in images + (layout[2] if listing else "")
+            return pairs, "{split}" in images + (listing or "")
         if missing and problem is None:
-            some = "; ".join(f"{'/'.join(key)!r} has no {kind}" for key, kind in missing[:4])
-            problem = f"{len(missing)} files of the {split} part are missing: {some}" + "; ..." * (
-                len(missing) > 4
-            )
+            shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
+            problem = f"{len(missing)} files of the {split} part are missing: {shown}"
     if problem:
         fail(f"--data {name}:{folder}: {problem}; add the files, or remove the names")
     return None, True
@@ -293,48 +281,43 @@ def find_pairs(name, folder, split):
     if name == "folder" and has_parts and split != "test" and search_layouts(name, folder, "val")[0] is None:
         pairs, has_parts = search_layouts(name, folder, "train")[0], False
     if pairs is None:
-        looked = "; ".join(f"{layout[0]} with {layout[1]}" for layout in DATASETS[name].layouts)
+        looked = "; ".join(f"{images} with {masks}" for images, masks, *_ in DATASETS[name].layouts)
         fail(f"--data {name}:{folder}: no {split} images with masks; looked for {looked}")
-    if not has_parts and split == "test":
+    if has_parts:
+        return pairs
+    if split == "test":
         fail(f"--data {name}:{folder}: it has no test part")
-    if not has_parts:
-        train.warn_once(f"--data {name}:{folder}: no validation part, so every fifth image is held out")
-        pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
-        if not pairs:
-            fail(f"--data {name}:{folder}: too few images to hold out every fifth for validation")
+    train.warn_once(f"--data {name}:{folder}: no validation part, so every fifth image is held out")
+    pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
+    if not pairs:
+        fail(f"--data {name}:{folder}: too few images to hold out every fifth for validation")
     return pairs
 
 
 def read_class_list(folder):
     """Classes of a folder from classes.txt ('name' or 'name R G B' per line, 'ignore' for ignored pixels) or
-    CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors; None if there is
-    neither."""
-    entries, color = [], r"(\d+)\D+(\d+)\D+(\d+)"
-    for file, pattern in (
-        ("classes.txt", rf"(.*?)(?:\s+{color})?\s*"),
-        ("labelmap.txt", rf"([^#]*?):{color}:.*"),
-    ):
-        lines = (
-            Path(folder, file).read_text().splitlines() if Path(folder, file).exists() and not entries else ()
-        )
-        matches = [re.fullmatch(pattern, line) for line in lines if line.strip()]
-        entries += [
-            (m[1], m[2] and tuple(map(int, m.groups()[1:]))) for m in matches if m
-        ]  # name, color or None
+    CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors, or None."""
+    color, entries = r"(\d+)\D+(\d+)\D+(\d+)", []  # entries: name, and RGB color or None
+    patterns = {"classes.txt": rf"(.*?)(?:\s+{color})?\s*", "labelmap.txt": rf"([^#]*?):{color}:.*"}
+    for file, pattern in patterns.items():
+        if not entries and Path(folder, file).exists():
+            lines = Path(folder, file).read_text().splitlines()
+            matches = [re.fullmatch(pattern, line) for line in lines if line.strip()]
+            entries = [(m[1], m[2] and tuple(map(int, m.groups()[1:]))) for m in matches if m]
     if not entries:
         return None
     names = [name for name, _ in entries if name != "ignore"]
     if len(names) < 2:
         fail(f"{folder}: its class list has fewer than two classes: {', '.join(names)}")
-    indices = [IGNORED if name == "ignore" else names.index(name) for name, _ in entries]
-    values, colors, palette = dict(enumerate(indices)), {}, list(voc_palette(len(names)))
-    for index, (_, color) in zip(indices, entries):
-        if color is not None:
-            colors[color] = index
+    values, colors, palette = {}, {}, list(voc_palette(len(names)))
+    for k, (name, color) in enumerate(entries):
+        values[k] = label = IGNORED if name == "ignore" else names.index(name)
+        if color:
+            colors[color] = label
             if color[0] == color[1] == color[2] >= len(entries):  # a gray mask, such as 0 and 255
-                values[color[0]] = index
-            if index != IGNORED:
-                palette[index] = color
+                values[color[0]] = label
+            if label != IGNORED:
+                palette[label] = color
     return DataSet(tuple(names), (), tuple(palette), values=values, colors=colors, palette_indices=False)
 
 
@@ -360,8 +343,7 @@ class Labeled:
         return self.pairs[i][0]
 
     def labels(self, i):
-        """Class indices of a mask, and the number of pixels that belong to no class and are ignored. Raises
-        ValueError if there are too many of these."""
+        """Labels of a mask, and the number of its stray pixels, now ignored. Raises ValueError if invalid."""
         with Image.open(self.pairs[i][1]) as mask:
             if mask.format == "JPEG":
                 raise ValueError("JPEG changes the values of a mask; save masks as PNG")
@@ -370,13 +352,13 @@ class Labeled:
             raw = np.asarray(mask.convert("RGB") if colored else mask)
         if colored and not self.data.colors:
             raise ValueError(
-                "it holds RGB colors, not class indices; for folder:DIR, list the colors in a classes.txt"
+                "it holds RGB colors, not class indices; for folder:DIR, list them in classes.txt"
             )
         if colored:
-            raw = (raw >= 128) * np.uint8(255) if self.data.rounded else raw
+            raw = (raw >= 128) * np.uint8(255) if self.data.painted else raw
             labels = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]]
-        elif not self.data.integers or raw.ndim != 2 or raw.dtype.kind == "f":
-            expected = "class indices" if self.data.integers else "RGB colors"
+        elif self.data.painted or raw.ndim != 2 or raw.dtype.kind == "f":
+            expected = "RGB colors" if self.data.painted else "class indices"
             raise ValueError(f"it has mode {mask.mode}, but masks of this data set hold {expected}")
         else:  # negative values and values that are too large take the last entry, which is illegal
             labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
@@ -388,9 +370,8 @@ class Labeled:
         return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
 
     def fit(self, labels, height, width):
-        """Labels, cropped to the size of their image if the data set allows it. Raises ValueError if the
-        sizes differ otherwise."""
-        if self.data.crop_masks and labels.shape[0] >= height and labels.shape[1] >= width:
+        """Labels, cropped to their image if the data set allows it. Raises ValueError if sizes differ."""
+        if self.data.painted and labels.shape[0] >= height and labels.shape[1] >= width:
             labels = labels[:height, :width]
         if labels.shape != (height, width):
             rows, columns = labels.shape
@@ -410,7 +391,7 @@ class Labeled:
             raise ValueError(f"its image {self.name(i)} cannot be read: {error}") from error
         fitted = self.fit(labels, height, width)
         counts = np.bincount(fitted.ravel(), minlength=256)
-        return np.array([*counts, stray, fitted.shape != labels.shape, min(height, width)], np.float64)
+        return np.array([*counts, stray, fitted.shape != labels.shape, min(height, width)])
 
     def read(self, i):
         image = train.read_image(self.pairs[i][0])
@@ -436,21 +417,21 @@ def check_masks(parts, rank, world_size, device):
     mean short side of the images. Exits with an error that names invalid masks."""
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     jobs = [(part, i) for part in parts for i in range(len(part))][rank::world_size]
+    wrong = []
 
     def check(job):
         part, i = job
         try:
-            return part.check(i), None
+            return part.check(i)
         except Exception as error:  # a damaged file can make a decoder raise anything
-            return np.zeros(259), f"{part.pairs[i][1]}: {error}"
+            wrong.append(f"{part.pairs[i][1]}: {error}")
+            return np.zeros(259, int)
 
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(check, jobs))
-    wrong = [text for _, text in results if text]
-    sums = np.sum([figures for figures, _ in results], axis=0) if results else np.zeros(259)
-    *sums, found = train.sum_over_processes([*sums, float(len(wrong))], device)
+        sums = sum(pool.map(check, jobs), np.zeros(259, int))
+    *sums, found = train.sum_over_processes([*sums, len(wrong)], device)
     if found:
-        fail(f"{found:.0f} masks are invalid; {'; '.join(wrong[:3]) or 'another process names them'}")
+        fail(f"{found} masks are invalid; {'; '.join(sorted(wrong)[:3]) or 'another process names them'}")
     return np.array(sums[:256]), sums[256], sums[257], sums[258] / sum(map(len, parts))
 
 
@@ -474,39 +455,36 @@ def open_data(args, splits, rank, world_size, device, say, classes=None):
     pixels, stray, cropped, short = check_masks(parts, rank, world_size, device)
     say(f"{sum(map(len, parts))} masks checked in {time.perf_counter() - start:.1f} s")
     if stray:
-        say(f"note: {stray:.0f} pixels ({stray / pixels.sum():.2%}) belong to no class and are ignored")
+        say(f"note: {stray} pixels ({stray / pixels.sum():.2%}) belong to no class and are ignored")
     if cropped:
-        say(f"note: {cropped:.0f} masks cropped to their images")
+        say(f"note: {cropped} masks cropped to their images")
     if args.base_size and short > 3 * args.base_size:
-        say(
-            f"note: images shrink from {short:.0f} to {args.base_size} pixels; --base-size 0 keeps their size"
-        )
+        say(f"note: images shrink from {short:.0f} to {args.base_size} pixels; --base-size 0 prevents this")
     if name == "folder" and classes is None:
-        known = bool(data.classes or args.classes)
-        names = check_classes(f"--data folder:{folder}", pixels, names, known)
+        names = check_classes(f"--data folder:{folder}", pixels, names, bool(data.classes or args.classes))
     return parts, names, list(data.palette or voc_palette(len(names)))
 
 
 def check_classes(flag, pixels, names, known):
     """Class names of a folder, from the values in its masks unless they are `known`. Exits with an error if
     the values do not look like class indices."""
-    values = [int(k) for k in np.flatnonzero(pixels)]
+    values = np.flatnonzero(pixels).tolist()
     classes = [k for k in values if k != IGNORED]
-    reason, ignored = None, pixels[IGNORED] / pixels.sum()
+    ignored = pixels[IGNORED] / pixels.sum()
     if len(classes) < 2:
         reason = "fewer than two classes, because 255 means ignored"
     elif not known and classes != list(range(len(classes))):
         reason = "the sequence has gaps"
     elif not known and ignored > 0.25:
         reason = f"255, which means ignored, fills {ignored:.0%} of the pixels, as a class would"
-    if reason:
-        shown = ", ".join(map(str, values[:20])) + ", ..." * (len(values) > 20)
-        fail(
-            f"{flag}: the masks hold the values {shown}: {reason}. Add a classes.txt to the folder with one "
-            "line per class, 'NAME R G B' with its color or gray value in the masks (object 255 255 255; ignore "
-            "R G B for ignored pixels), or give --classes N for masks with the values 0..N-1"
-        )
-    return names if known else names[: len(classes)]
+    else:
+        return names if known else names[: len(classes)]
+    shown = ", ".join(map(str, values[:20])) + ", ..." * (len(values) > 20)
+    fail(
+        f"{flag}: the masks hold the values {shown}: {reason}. Add a classes.txt to the folder with a line per "
+        "class, 'NAME R G B' with its color or gray value in the masks (object 255 255 255; ignore R G B for "
+        "ignored pixels), or give --classes N for masks with the values 0..N-1"
+    )
 
 
 def choose_subset(images, fraction, seed):
@@ -541,18 +519,13 @@ def choose_crop(labels, crop, rng, most=0.75, redraws=10):
 
 def distort(image, rng):
     """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast
-    0.5..1.5 before or after saturation 0.5..1.5 of HSV's S, and hue -36..34 degrees in steps of 2
-    (mmsegmentation, Segmenter)."""
-
-    def chance():
-        return rng.random() < 0.5
-
-    if chance():
+    0.5..1.5 before or after HSV's saturation 0.5..1.5, hue -36..34 degrees (mmsegmentation, Segmenter)."""
+    if rng.random() < 0.5:
         image = (image + rng.uniform(-32, 32)).clip(0, 255).astype(np.uint8)
-    # A fair coin decides whether contrast comes before or after the changes in HSV.
-    late, contrast = chance(), rng.uniform(0.5, 1.5) if chance() else 1.0
-    saturation = rng.uniform(0.5, 1.5) if chance() else 1.0
-    degrees = 2 * int(rng.integers(-18, 18)) if chance() else 0
+    late = rng.random() < 0.5  # contrast comes after the changes in HSV
+    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    degrees = 2 * int(rng.integers(-18, 18)) if rng.random() < 0.5 else 0
     if not late:
         image = (image * contrast).clip(0, 255).astype(np.uint8)
     if saturation != 1 or degrees:
@@ -651,8 +624,7 @@ class Segmenter(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D],
-    without class and register tokens."""
+    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D]."""
 
     def __init__(self, name, image_size, drop_path, **weights):
         super().__init__()
@@ -662,17 +634,14 @@ class TimmEncoder(nn.Module):
         self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.patch_size[0]
         # Models differ in how they normalize pixels: convert this project's normalization to the model's.
         config = self.model.pretrained_cfg
-        own = [
-            torch.tensor(config.get(key, d))[:, None, None]
-            for key, d in (("mean", train.MEAN), ("std", train.STD))
-        ]
-        ours = [torch.tensor(x)[:, None, None] for x in (train.MEAN, train.STD)]
-        self.register_buffer("scale", ours[1] / own[1], persistent=False)
-        self.register_buffer("shift", (ours[0] - own[0]) / own[1], persistent=False)
+        statistics = (train.MEAN, train.STD, config.get("mean", train.MEAN), config.get("std", train.STD))
+        mean, std, own_mean, own_std = (torch.tensor(x)[:, None, None] for x in statistics)
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
 
     def forward(self, images):
         tokens = self.model.forward_features(images * self.scale + self.shift)
-        return tokens[:, self.model.num_prefix_tokens :]
+        return tokens[:, self.model.num_prefix_tokens :]  # without class and register tokens
 
 
 SIZES = ("patch_size", "dim", "depth", "heads", "mlp_dim")
@@ -692,9 +661,10 @@ def build_model(args, classes, **weights):
 def choose_encoder(args, say):
     """Set the encoder's sizes from the flags, --model, the run folder's checkpoint, --init, or B/16, in this
     order -> the weights of --init, or None."""
-    last, weights = Path(args.out, "last.pt"), None
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    sizes = {**loca.SIZES["B/16"], "class_token": False}
+    last, keys = Path(args.out, "last.pt"), (*SIZES, "class_token")
+    given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    sizes, weights = loca.SIZES["B/16"], None
+    source = args.encoder or (last if last.exists() else f"--init {args.init}")
     try:
         if args.encoder:
             with torch.device("meta"):  # only for its sizes
@@ -702,30 +672,29 @@ def choose_encoder(args, say):
             sizes = {"patch_size": model.patch_embed.patch_size[0], "dim": model.embed_dim}
         elif last.exists():  # its weights replace those of --init
             saved = loca.read_torch_file(last)["settings"]
-            sizes = {name: saved[name] for name in (*SIZES, "class_token")}
+            sizes = {key: saved[key] for key in keys}
         elif args.init != "none":
             weights = loca.load_weights(args.init, args.branch)
-            sizes = dict(weights.sizes)
+            sizes = weights.sizes
             for note in weights.notes:
                 if "heads" not in given or "heads" not in note:
                     say(f"--init {args.init}: {note}")
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        fail(f"{last if last.exists() else args.encoder or f'--init {args.init}'}: {error}")
+        fail(f"{source}: {error}")
     except (KeyError, TypeError):
         fail(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
-    sizes = {**sizes, **loca.SIZES.get(args.model, {}), **given}
-    for name in SIZES:
-        setattr(args, name, sizes.get(name))
-    if args.class_token is None:  # kept in the encoder if the weights have one; never seen by the decoder
-        args.class_token = sizes.get("class_token", False)
+    # If the weights have a class token, the encoder keeps it; the decoder never sees it.
+    sizes = {"class_token": False, **sizes, **loca.SIZES.get(args.model, {}), **given}
+    for key in keys:
+        setattr(args, key, sizes.get(key))
     return weights
 
 
 def settle_windows(args):
     """Set crop, window and stride to [height, width]: as given, or args.usual adapted to the patch size."""
     patch, usual = args.patch_size, args.__dict__.pop("usual")
-    crop = args.crop or [-(-side // patch) * patch for side in pair(usual["window"])]
-    args.crop, args.window = pair(crop), pair(args.window or crop)
+    args.crop = args.crop or [math.ceil(side / patch) * patch for side in usual["window"]]
+    args.window = args.window or args.crop
     for name in ("crop", "window"):
         sides = getattr(args, name)
         nearest = [max(1, round(side / patch)) * patch for side in sides]
@@ -733,23 +702,15 @@ def settle_windows(args):
             old, new = (" ".join(map(str, x)) for x in (sides, nearest))
             fail(f"--{name} {old} is not a multiple of the patch size {patch}: try --{name} {new}")
     if args.stride is None:
-        sides = zip(pair(usual["stride"]), args.window, pair(usual["window"]))
+        sides = zip(usual["stride"], args.window, usual["window"])
         args.stride = [max(1, step * window // old) for step, window, old in sides]
-    args.stride = pair(args.stride)
     if any(step > side for step, side in zip(args.stride, args.window)):
         fail(f"--stride {args.stride} must not exceed the window {args.window}")
 
 
-def pair(sides):
-    """A side, or (height, width), as [height, width]."""
-    sides = [sides] if isinstance(sides, int) else list(sides)
-    return sides * 2 if len(sides) == 1 else sides
-
-
 def parameter_groups(model, weight_decay, layer_decay):
     """Parameter groups by learning rate scale and weight decay. The decoder and the last norm have scale 1,
-    each block `layer_decay` times that of the block above; weight decay applies only to tensors with two or
-    more dimensions."""
+    each block `layer_decay` times that of the block above; tensors of one dimension have no weight decay."""
     names = [name for name, _ in model.named_parameters()]
     blocks = [re.match(r"encoder\.(?:model\.)?blocks\.(\d+)\.", name) for name in names]
     depth, groups = 1 + max((int(block[1]) for block in blocks if block), default=0), {}
@@ -760,17 +721,6 @@ def parameter_groups(model, weight_decay, layer_decay):
             key = layer_decay ** (depth + 1 - layer), weight_decay * (parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     return [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
-
-
-def make_optimizer(model, args, device):
-    """SGD with Nesterov momentum, as in Segmenter, or AdamW; each group has a learning rate "scale"."""
-    groups, fused = (
-        parameter_groups(model, args.weight_decay, args.layer_decay),
-        device.type in ("cuda", "cpu"),
-    )
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    return torch.optim.AdamW(groups, args.lr, fused=fused)
 
 
 def learning_rate(step, steps, peak, floor=1e-5):
@@ -792,11 +742,6 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 LARGEST = 2**28  # maximum number of probabilities held at once by a prediction, 1 GiB
 
 
-def window_starts(length, window, stride):
-    """First pixels of the windows along one axis; the last one is flush with the border."""
-    return [*range(0, length - window, stride), length - window]
-
-
 def sliding_window(model, image, window, stride, batch):
     """Logits of an image of any size: float [3, H, W] -> float32 [C, H', W'], the mean where windows overlap.
 
@@ -807,8 +752,9 @@ def sliding_window(model, image, window, stride, batch):
     if scale > 1:
         size = [max(w, int(side * scale)) for w, side in zip(window, image.shape[-2:])]
         image = F.interpolate(image[None], size, mode="bilinear")[0]
-    rows, columns = (window_starts(n, w, d) for n, w, d in zip(image.shape[-2:], window, stride))
-    corners = [(top, left) for top in rows for left in columns]
+    # Along each axis, the last window is flush with the border.
+    starts = [[*range(0, n - w, d), n - w] for n, w, d in zip(image.shape[-2:], window, stride)]
+    corners = list(itertools.product(*starts))  # top, left
     total, seen = 0.0, image.new_zeros(image.shape[-2:], dtype=torch.float32)
     for start in range(0, len(corners), batch):
         part = corners[start : start + batch]
@@ -841,10 +787,9 @@ def class_probabilities(model, image, args, size=None):
 
 
 def segment(model, image, args, classes):
-    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]; a photo whose probabilities would not
-    fit in memory is predicted at a smaller size."""
+    """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]."""
+    # The probabilities of a large photo would not fit in memory: predict it at a smaller size.
     size = image.shape[-2:]
-    # Memory grows with classes times pixels.
     fraction = LARGEST / (classes * math.prod(size))
     small = size if fraction >= 1 else scaled_size(*size, math.sqrt(fraction) * min(size))
     labels = class_probabilities(model, image, args, small).argmax(0).to(torch.uint8).cpu()
@@ -866,20 +811,16 @@ def scores(matrix):
     right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore"):
         iou, accuracy = right / (true + predicted - right), right / true
-    means = [float(np.nanmean(x)) if np.isfinite(x).any() else 0.0 for x in (iou, accuracy)]
+    miou, mean_accuracy = (float(np.nanmean(x)) if np.isfinite(x).any() else 0.0 for x in (iou, accuracy))
     pixel_accuracy = float(right.sum() / max(true.sum(), 1))
-    figures = {"miou": means[0], "pixel_accuracy": pixel_accuracy, "mean_accuracy": means[1]}
-    return {**figures, "iou": iou, "accuracy": accuracy}
+    means = {"miou": miou, "pixel_accuracy": pixel_accuracy, "mean_accuracy": mean_accuracy}
+    return {**means, "iou": iou, "accuracy": accuracy}
 
 
 def average_precision(confidence, present):
-    """Mean of the precision at each positive: confidence float [n], present bool [n] -> 0..1. Equal
-    confidences share one rank."""
-    # Precision at a rank is the share of positives among all that are at least as confident.
-    order = np.argsort(-confidence, kind="stable")
-    confidence, present = confidence[order], present[order]
-    last = np.searchsorted(-confidence, -confidence, side="right")  # rank of the last tie, from 1
-    return float((present.cumsum()[last - 1] / last)[present].mean())
+    """Mean of the precision at each positive: confidence float [n], present bool [n] -> 0..1."""
+    # Precision is the share of positives among all that are at least as confident, ties included.
+    return float(np.mean([present[confidence >= threshold].mean() for threshold in confidence[present]]))
 
 
 @torch.no_grad()
@@ -926,12 +867,11 @@ FIGURES = {
 
 def protocol_of(args, split, images, classes):
     """One line that describes how a metric was measured, to be quoted with it."""
+    sides = [f"{key} {'x'.join(map(str, getattr(args, key)))}" for key in ("crop", "window", "stride")]
+    base = f"base size {args.base_size or 'of each image'}"
     scales = "scales 0.5-1.75 with flips" if args.multi_scale else "single scale"
-    size = {key: "x".join(map(str, getattr(args, key))) for key in ("crop", "window", "stride")}
-    return (
-        f"{args.name} {split}, {images} images, {classes} classes, base size {args.base_size or 'of each image'}, "
-        f"crop {size['crop']}, window {size['window']}, stride {size['stride']}, {scales}"
-    )
+    parts = [f"{args.name} {split}", f"{images} images", f"{classes} classes", base, *sides, scales]
+    return ", ".join(parts)
 
 
 def report(result, classes, say, protocol, table=True):
@@ -947,26 +887,13 @@ def report(result, classes, say, protocol, table=True):
 
 
 def write_results(path, result, classes, **more):
-    """Write the metrics of an evaluation as JSON."""
-    by_class = [
-        {
-            "name": name,
-            **{
-                key: None if np.isnan(result[key][k]) else float(result[key][k])
-                for key in ("iou", "accuracy")
-            },
-            "pixels": int(result["pixels"][k]),
-        }
-        for k, name in enumerate(classes)
-    ]
-    content = {
-        **more,
-        "images": result["images"],
-        **{name: result[name] for name in FIGURES},
-        "classes": by_class,
-    }
-    content["confusion"] = result["confusion"].tolist()
-    train.write_json(path, content)
+    """Write the metrics of an evaluation as JSON; a class without IoU or accuracy has null."""
+    iou, accuracy = (np.where(np.isnan(x), None, x) for x in (result["iou"], result["accuracy"]))
+    columns = (classes, iou.tolist(), accuracy.tolist(), result["pixels"].tolist())
+    by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(*columns)]
+    figures = {name: result[name] for name in ("images", *FIGURES)}
+    confusion = result["confusion"].tolist()
+    train.write_json(path, {**more, **figures, "classes": by_class, "confusion": confusion})
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -979,49 +906,43 @@ def paint(labels, palette):
     return Image.fromarray(colors[np.asarray(labels)])
 
 
-def legend(labels, classes, palette, height):
-    """A column at least `height` high: color and name of every class in `labels`, most frequent first."""
-    counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(classes)]
+def add_legend(picture, labels, classes, palette):
+    """The picture and, to its right, color and name of every class in `labels`, most frequent first."""
+    counts = np.bincount(labels.ravel(), minlength=256)[: len(classes)]
     shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
-    # One row per class, as wide as the longest name.
-    font, row = ImageFont.load_default(13), 20
-    width = 40 + max((int(font.getlength(classes[k])) for k in shown), default=0)
-    column = Image.new("RGB", (width, max(height, row * len(shown) + 8)), "white")
-    pen = ImageDraw.Draw(column)
+    font, row, left = ImageFont.load_default(13), 20, picture.width + 10
+    right = left + 30 + max((int(font.getlength(classes[k])) for k in shown), default=0)
+    sheet = Image.new("RGB", (right, max(picture.height, row * len(shown) + 8)), "white")
+    sheet.paste(picture)
+    pen = ImageDraw.Draw(sheet)
     for y, k in zip(itertools.count(4, row), shown):
-        pen.rectangle((6, y + 2, 22, y + row - 4), fill=tuple(palette[k]), outline="black")
-        pen.text((28, y + 1), classes[k], fill="black", font=font)
-    return column
-
-
-def join(pictures, down=False, gap=4):
-    """Pictures in a row, or in a column if `down`."""
-    ends = np.cumsum([(p.height if down else p.width) + gap for p in pictures])
-    across = max(p.width if down else p.height for p in pictures)
-    sheet = Image.new("RGB", (across, int(ends[-1])) if down else (int(ends[-1]), across), "white")
-    for picture, end in zip(pictures, ends):
-        start = int(end) - gap - (picture.height if down else picture.width)
-        sheet.paste(picture, (0, start) if down else (start, 0))
+        pen.rectangle((left, y + 2, left + 16, y + row - 4), fill=tuple(palette[k]), outline="black")
+        pen.text((left + 22, y + 1), classes[k], fill="black", font=font)
     return sheet
 
 
 @torch.no_grad()
-def draw_sheet(model, source, args, device, classes, palette, rows=4, height=200):
-    """Evenly spaced images of a set, one row each: photo, truth, prediction and legend."""
+def draw_sheet(path, model, source, args, device, classes, palette, rows=4, width=260, height=200):
+    """Write a picture of evenly spaced images of a set, one row each: photo, truth and prediction."""
     model.eval()
-    title = Image.new("RGB", (420, 20), "white")
-    ImageDraw.Draw(title).text((4, 3), "photo | truth | prediction (ignored pixels: black)", fill="black")
-    sheet = [title]
-    for i in np.unique(np.linspace(0, len(source) - 1, rows).astype(int)):
+    indices = np.unique(np.linspace(0, len(source) - 1, rows).astype(int))
+    sheet, shown = Image.new("RGB", (3 * width, 24 + len(indices) * height), "white"), []
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for column, title in enumerate(("photo", "truth (black: ignored)", "prediction")):
+        pen.text((column * width + 4, 3), title, fill="black", font=font)
+    for row, i in enumerate(indices):
         image, truth = source.read(i)
-        predicted, truth = segment(model, image.to(device), args, len(classes)), truth.numpy()
-        size = (max(1, min(4 * height, round(height * truth.shape[1] / truth.shape[0]))), height)
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.BICUBIC)
-        maps = [paint(x, palette).resize(size, Image.NEAREST) for x in (truth, predicted)]
-        entries = legend(np.concatenate([truth.ravel(), predicted.ravel()]), classes, palette, height)
-        sheet.append(join([photo, *maps, entries]))
+        predicted = segment(model, image.to(device), args, len(classes))
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+        scale = min((width - 4) / photo.width, (height - 4) / photo.height)
+        size = [max(1, round(side * scale)) for side in photo.size]
+        for column, picture in enumerate((photo, paint(truth, palette), paint(predicted, palette))):
+            resized = picture.resize(size, Image.BICUBIC if picture is photo else Image.NEAREST)
+            sheet.paste(resized, (column * width, 24 + row * height))
+        shown += [truth.numpy().ravel(), predicted.ravel()]
     model.train()
-    return join(sheet, down=True)
+    sheet = add_legend(sheet, np.concatenate(shown), classes, palette)
+    train.write_file(path, functools.partial(sheet.save, format="PNG"))
 
 
 # -------------------------------------------------------------------------------------- evaluate and predict
@@ -1033,9 +954,7 @@ def load_segmenter(args, content, device):
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:  # it lists every tensor that does not fit
-        fail(
-            f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop, --model and other sizes"
-        )
+        fail(f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop and model sizes")
     return model.to(device).eval()
 
 
@@ -1055,42 +974,40 @@ def evaluate_only(args, content):
     if rank == 0:
         figures = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
         write_results(out / "results.json", result, classes, **figures)
-        sheet = draw_sheet(model, source, args, device, classes, palette)
-        train.write_file(out / "predictions.png", functools.partial(sheet.save, format="PNG"))
+        draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
         say(f"{out}: results.json, predictions.png")
 
 
 @torch.no_grad()
 def predict(args, content):
-    """Segment any images: NAME_mask.png in colors, NAME_overlay.png with a legend, NAME_labels.png with class
-    indices."""
+    """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices)."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     settle_windows(args)
     model, classes, palette = load_segmenter(args, content, device), content["classes"], content["palette"]
-    source, files = Path(args.predict), [Path(args.predict)]
-    root = source if source.is_dir() else source.parent
+    source = Path(args.predict)
+    root, names = source.parent, [Path(source.name)]
     if source.is_dir():
-        files = [source / os.fsdecode(name) for name in train.find_images(source, "--predict")]
+        root, names = source, [Path(os.fsdecode(name)) for name in train.find_images(source, "--predict")]
     # Photos with the same name in two formats keep their extensions in the names of the results.
-    stems, failed = Counter(path.relative_to(root).with_suffix("") for path in files), 0
-    for path in files[rank::world_size]:
+    stems, failed = Counter(name.with_suffix("") for name in names), 0
+    for name in names[rank::world_size]:
         try:
-            image = train.read_image(path)
+            image = train.read_image(root / name)
         except Exception as error:  # a damaged file can make a decoder raise anything
             failed += 1
-            print(f"warning: cannot read {path}: {error}", file=sys.stderr, flush=True)
+            print(f"warning: cannot read {root / name}: {error}", file=sys.stderr, flush=True)
             continue
         labels = segment(model, image.to(device), args, len(classes))
-        stem = path.relative_to(root).with_suffix("")
-        name = Path(args.out) / (stem if stems[stem] == 1 else path.relative_to(root))
         mask = paint(labels, palette)
         overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask, 0.55)
-        overlay = join([overlay, legend(labels, classes, palette, overlay.height)])
+        overlay = add_legend(overlay, labels, classes, palette)
+        stem = name.with_suffix("")
+        result = Path(args.out, stem if stems[stem] == 1 else name)
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
-            train.write_file(f"{name}_{kind}.png", functools.partial(picture.save, format="PNG"))
-        print(f"{path} -> {name}_mask.png, _overlay.png, _labels.png", flush=True)
-    if train.sum_over_processes([float(failed)], device)[0] == len(files):
+            train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
+        print(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
+    if train.sum_over_processes([float(failed)], device)[0] == len(names):
         fail(f"--predict {source}: none of the images could be read")
 
 
@@ -1115,7 +1032,7 @@ def main(args):
     # --fraction keeps part of the training images; the settings identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
-    names = "/".join(str(Path(str(image)).name) for image, *_ in images.pairs) if args.folder else "scenes"
+    names = "/".join(Path(image).name for image, _ in images.pairs) if args.folder else "scenes"
     args.images = f"{len(images)} images, names {hashlib.sha256(names.encode()).hexdigest()[:8]}"
     args.classes = len(classes)
     epoch_images = whole if args.schedule_in == "steps" else len(images)
@@ -1132,15 +1049,18 @@ def main(args):
     except (ValueError, ImportError, RuntimeError, OSError) as error:
         fail(f"{args.encoder or f'--init {args.init}'}: {error}")
     model.to(device).train()
-    optimizer = make_optimizer(model, args, device)
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    fused = device.type in ("cuda", "cpu")
+    if args.optimizer == "sgd":  # as in Segmenter
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, args.lr, fused=fused)
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
     saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
-    net = model
-    if world_size > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
     meter, log = train.Meter(device, world_size), train.Log(out, start_step) if rank == 0 else None
@@ -1208,12 +1128,9 @@ def main(args):
                 if rank == 0:
                     figures = {"protocol": protocol, "step": done, "best": best}
                     write_results(out / "results.json", result, classes, **figures)
-                    if better:
-                        train.save_checkpoint(
-                            out / "best.pt", args, done, {"model": model}, best=best, **more
-                        )
-                    sheet = draw_sheet(model, val_images, args, device, classes, palette)
-                    train.write_file(out / "predictions.png", functools.partial(sheet.save, format="PNG"))
+                    draw_sheet(out / "predictions.png", model, val_images, args, device, classes, palette)
+                if rank == 0 and better:
+                    train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 log.write({"step": done, "epoch": done * args.batch / len(images), **record})
@@ -1244,6 +1161,10 @@ SMALL_PRESET = {  # goes with train.py --small
     "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
+NOT_FROM_CHECKPOINT = (  # --eval-only and --predict take the other settings from it
+    "base_size", "window", "stride", "out", "device", "precision", "workers", "eval_only", "predict",
+    "checkpoint", "split", "multi_scale", "window_batch",
+)  # fmt: skip
 number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 
 
@@ -1252,18 +1173,15 @@ def data_flag(text):
     name, _, folder = text.partition(":")
     if name not in DATASETS or not folder:
         raise argparse.ArgumentTypeError(f"give NAME:DIR, NAME one of {', '.join(DATASETS)}, not {text!r}")
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
     return text
 
 
-def fraction_flag(text):
-    """argparse type of --fraction, such as 1/32 or 0.25."""
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"give a share above 0 and at most 1, such as 1/32, not {text}")
-    return value
+def fraction(text):
+    """argparse type of a share, such as 1/32 or 0.25."""
+    part, _, whole = text.partition("/")
+    return share(float(part) / count(whole or 1))
 
 
 def make_parser():
@@ -1274,7 +1192,7 @@ def make_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
     g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
-    g.add_argument("--fraction", type=fraction_flag, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
+    g.add_argument("--fraction", type=fraction, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
     g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs over the subset, or for as many steps as with all images")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=count, default=400, help="number of drawn scenes to train on, without --data")
@@ -1320,57 +1238,64 @@ def make_parser():
     return parser
 
 
-def parse_args(arguments=None):
-    """The command line -> settings. Those not given come from the preset of the data set or of --small, or
-    from the checkpoint of --eval-only and --predict."""
-    parser = make_parser()
-    given = parser.parse_args(arguments)
-    name, _, folder = (given.data or "scenes:").partition(":")
-    if folder and not os.path.isdir(folder):
-        parser.error(f"--data {given.data}: there is no folder {folder}")
+def choose_preset(given, name):
+    """The defaults of a run: those of the data set, of the drawn scenes or of --small."""
     data = DATASETS.get(name)
     keys = ("base_size", "crop", "stride", "batch", "lr", "epochs")
-    preset = {key: getattr(data, key) for key in keys} if data else dict(SCENES_PRESET)
+    preset = {"optimizer": "sgd", "init": "none", "out": f"runs/finetune_{name}"}
+    preset |= {key: getattr(data, key) for key in keys} if data else SCENES_PRESET
     preset |= SMALL_PRESET if given.small else {}
-    preset = {"optimizer": "sgd", "init": "none", "out": f"runs/finetune_{name}", **preset}
-    if given.encoder or (data is None and os.path.exists(SCENES_RUN)):
-        preset["init"] = "timm" if given.encoder else SCENES_RUN
+    if given.encoder:
+        preset["init"] = "timm"
+    elif data is None and os.path.exists(SCENES_RUN):
+        preset["init"] = SCENES_RUN
+    # A preset's learning rate belongs to its optimizer.
     optimizer = given.optimizer or preset["optimizer"]
     if optimizer != preset["optimizer"]:
         preset["lr"] = ADAMW["lr"] if optimizer == "adamw" else (data or DataSet).lr
     preset["weight_decay"] = ADAMW["weight_decay"] if optimizer == "adamw" else 0.0
     if given.epochs:
         preset["steps"] = None
-    if (
-        given.init or preset["init"]
-    ) != "none" or given.encoder:  # a preset's sizes are for training from scratch
+    if given.encoder or (given.init or preset["init"]) != "none":  # the weights decide the sizes
         preset = {key: value for key, value in preset.items() if key not in SIZES}
-    content, usual = None, {"window": preset.pop("crop"), "stride": preset.pop("stride")}
+    return preset
+
+
+def parse_args(arguments=None):
+    """The command line -> settings. Those not given come from the preset of the data set or of --small, or
+    from the checkpoint of --eval-only and --predict."""
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    name, _, folder = (given.data or "scenes:").partition(":")
+    preset, content = choose_preset(given, name), None
+    usual = {"window": [preset.pop("crop")] * 2, "stride": [preset.pop("stride")] * 2}
     if given.eval_only or given.predict:
         path = given.checkpoint or (given.eval_only and Path(given.out or preset["out"], "best.pt"))
         if not path or not os.path.isfile(path):
             parser.error(f"--checkpoint {path or 'FILE'}: no such file; give the best.pt of a run")
         content = read_checkpoint(path, parser)
-        saved = {key: value for key, value in content["settings"].items() if key not in CHECKPOINT_KEEPS_NOT}
-        if given.data is None or name == saved["name"]:
+        saved = content["settings"]
+        if given.data is None:
+            name, folder = saved["name"], saved["folder"]
+        if name == saved["name"]:  # otherwise the other data set's sizes count
             usual = {key: saved[key] for key in usual}
             preset["base_size"] = saved["base_size"]
-        name, folder = (name, folder) if given.data else (saved["name"], saved["folder"])
-        saved = {key: value for key, value in saved.items() if key not in ("base_size", "window", "stride")}
+        preset |= {key: value for key, value in saved.items() if key not in NOT_FROM_CHECKPOINT}
         out = "predictions" if given.predict else str(Path(path).parent)
-        preset |= {**saved, "out": out, "checkpoint": str(path)}
+        preset |= {"out": out, "checkpoint": str(path), "workers": 2}
     parser.set_defaults(**preset)
     args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None, usual=usual))
-    if content is None:
+    for flag in ("crop", "window", "stride"):
+        sides = getattr(args, flag)
+        if sides and len(sides) > 2:
+            parser.error(f"--{flag} {' '.join(map(str, sides))}: give a side, or height and width")
+        setattr(args, flag, sides and (sides * 2)[:2])  # one side is both height and width
+    if content is not None:
+        args.content = content
+    else:
         train.check_batch(args, parser)
         if args.init not in ("none", "timm") and not os.path.isfile(args.init):
             parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
-    else:
-        args.content, args.workers = content, args.workers if given.workers is not None else 2
-    for flag in ("crop", "window", "stride"):
-        sides = getattr(args, flag) or [1]
-        if not isinstance(sides, int) and len(sides) > 2:
-            parser.error(f"--{flag} {' '.join(map(str, sides))}: give a side, or height and width")
     if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
         parser.error(f"--split test: {name} has no test part with masks")
     if args.split != "val" and not args.eval_only:
@@ -1382,21 +1307,15 @@ def parse_args(arguments=None):
     return args
 
 
-CHECKPOINT_KEEPS_NOT = (
-    "out", "device", "precision", "workers", "eval_only", "predict", "checkpoint", "split", "multi_scale", "window_batch", "usual",
-)  # fmt: skip
-
-
 def read_checkpoint(path, parser):
     """The contents of a checkpoint of this script. Exits with an error if the file is something else."""
     try:
         content = loca.read_torch_file(path)
-        if {"model", "settings", "classes", "palette"} <= content.keys():
-            return content
-        reason = "it is not a checkpoint of this script"
-    except (ValueError, AttributeError) as error:
-        reason = str(error)
-    parser.error(f"--checkpoint {path}: {reason}")
+    except ValueError as error:
+        parser.error(f"--checkpoint {path}: {error}")
+    if not isinstance(content, dict) or not {"model", "settings", "classes", "palette"} <= content.keys():
+        parser.error(f"--checkpoint {path}: it is not a checkpoint of this script")
+    return content
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 
 import loca
 import train
-from train import count, count_or_0, fail, positive, positive_or_0, share, share_or_0
+from train import count, count_or_0, fail, positive, positive_or_0, say, share, share_or_0
 
 IGNORED, ILLEGAL = 255, 254  # labels: excluded everywhere; not a class of the data set
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation part
@@ -435,7 +435,7 @@ def check_masks(parts, rank, world_size, device):
     return np.array(sums[:256]), sums[256], sums[257], sums[258] / sum(map(len, parts))
 
 
-def open_data(args, splits, rank, world_size, device, say, classes=None):
+def open_data(args, splits, rank, world_size, device, classes=None):
     """The given splits of --data with their masks checked, the class names, and the palette. classes: the
     class names in a checkpoint; the data set must have the same number of classes."""
     name, folder = args.name, args.folder
@@ -658,7 +658,7 @@ def build_model(args, classes, **weights):
     return Segmenter(encoder, classes, args.freeze)
 
 
-def choose_encoder(args, say):
+def choose_encoder(args):
     """Set the encoder's sizes from the flags, --model, the run folder's checkpoint, --init, or B/16, in this
     order -> the weights of --init, or None."""
     last, keys = Path(args.out, "last.pt"), (*SIZES, "class_token")
@@ -874,7 +874,7 @@ def protocol_of(args, split, images, classes):
     return ", ".join(parts)
 
 
-def report(result, classes, say, protocol, table=True):
+def report(result, classes, protocol, table=True):
     """Print the metrics of an evaluation, with a table of the classes."""
     if table:
         width = max(map(len, classes))
@@ -962,15 +962,14 @@ def evaluate_only(args, content):
     """Evaluate a checkpoint on a split; write results.json and predictions.png."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     settle_windows(args)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
-    (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, say, classes)
+    (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, classes)
     model = load_segmenter(args, content, device)
     result = evaluate(model, source, args, len(classes), rank, world_size, device)
     protocol = protocol_of(args, args.split, len(source), len(classes))
-    report(result, classes, say, protocol)
+    report(result, classes, protocol)
     if rank == 0:
         figures = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
         write_results(out / "results.json", result, classes, **figures)
@@ -1017,18 +1016,18 @@ def predict(args, content):
 def main(args):
     """Fine-tune with these settings, resuming from the last checkpoint in --out if there is one."""
     if args.eval_only or args.predict:
-        return (predict if args.predict else evaluate_only)(args, args.__dict__.pop("content"))
+        (predict if args.predict else evaluate_only)(args, args.__dict__.pop("content"))
+        return train.end_processes()
 
     # ---- processes: torchrun's environment, or a single one ----
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     out = Path(args.out)
 
     # ---- data ----
-    weights = choose_encoder(args, say)
+    weights = choose_encoder(args)
     settle_windows(args)
-    (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device, say)
+    (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device)
     # --fraction keeps part of the training images; the settings identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
@@ -1058,7 +1057,7 @@ def main(args):
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
-    saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
+    saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
@@ -1121,16 +1120,16 @@ def main(args):
                 say(f"evaluating {len(val_images)} images")
                 result = evaluate(model, val_images, args, len(classes), rank, world_size, device)
                 protocol = protocol_of(args, "val", len(val_images), len(classes))
-                report(result, classes, say, protocol, table=done == total_steps)
+                report(result, classes, protocol, table=done == total_steps)
                 record |= {f"val_{name}": result[name] for name in FIGURES}
                 better = best is None or result["miou"] > best
                 best = max(result["miou"], best or 0.0)
+                if rank == 0 and better:
+                    train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 if rank == 0:
                     figures = {"protocol": protocol, "step": done, "best": best}
                     write_results(out / "results.json", result, classes, **figures)
                     draw_sheet(out / "predictions.png", model, val_images, args, device, classes, palette)
-                if rank == 0 and better:
-                    train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 log.write({"step": done, "epoch": done * args.batch / len(images), **record})
@@ -1279,7 +1278,7 @@ def parse_args(arguments=None):
             name, folder = saved["name"], saved["folder"]
         if name == saved["name"]:  # otherwise the other data set's sizes count
             usual = {key: saved[key] for key in usual}
-            preset["base_size"] = saved["base_size"]
+            preset |= {"base_size": saved["base_size"], "window": None if given.crop else saved["window"]}
         preset |= {key: value for key, value in saved.items() if key not in NOT_FROM_CHECKPOINT}
         out = "predictions" if given.predict else str(Path(path).parent)
         preset |= {"out": out, "checkpoint": str(path), "workers": 2}

@@ -625,6 +625,12 @@ def init_distributed(name=None):
     return rank, world_size, device
 
 
+def say(text):
+    """Print in the first process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
 def end_processes():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -789,7 +795,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def load_checkpoint(path, args, modules, world_size, device, say=print):
+def load_checkpoint(path, args, modules, world_size, device):
     """Resume: load the states of `modules` from a checkpoint and return its contents, or None if there is no
     such file. Exits with an error if the checkpoint is damaged or belongs to another run; prints which
     settings have changed."""
@@ -967,7 +973,6 @@ def main(args, images=None):
     # ---- processes: torchrun's environment, or a single one ----
     rank, world_size, device = init_distributed(args.device)
     args.precision = args.precision or default_precision(device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     out = Path(args.out)
 
     # ---- data: which images a step sees depends on (seed, step) alone ----
@@ -992,7 +997,7 @@ def main(args, images=None):
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
-    saved = load_checkpoint(out / "last.pt", args, modules, world_size, device, say)
+    saved = load_checkpoint(out / "last.pt", args, modules, world_size, device)
     start_step, accuracy = (saved["step"], saved["best"]) if saved else (0, None)  # best: the latest accuracy
     if args.compile:
         compile_parts(model, teacher)

@@ -1094,8 +1094,9 @@ def test_schedules_and_seeds_reach_the_steps(tmp_path, monkeypatch):
 
 
 def test_settings_reach_the_model(monkeypatch):
-    flags = "--position-std 3 --drop-path 0.4 --grad-checkpoint 1 --student-temperature 0.3 --teacher-temperature 0.2"
-    model = train.build_model(train_args(f"{flags} --masking-ratio 0.5 --masking first --query-tokens 3"))
+    flags = "--position-std 3 --drop-path 0.4 --grad-checkpoint 1 --masking-ratio 0.5 --masking first"
+    temperatures = "--student-temperature 0.3 --teacher-temperature 0.2"
+    model = train.build_model(train_args(flags, temperatures, "--query-tokens 3"))
     assert (model.student_temperature, model.teacher_temperature) == (0.3, 0.2)
     assert (model.encoder.drop_path, model.encoder.grad_checkpoint) == (0.4, 1)
     assert 2 < model.encoder.pos_embed.std() < 4
@@ -1123,7 +1124,7 @@ def test_presets_give_way_to_what_is_told(tmp_path, monkeypatch):
     args = parsed(train, "--data photos --model S/16 --heads 12")
     assert (args.batch, args.lr, args.dim, args.heads) == (1024, 0.001, 384, 12)
     assert parsed(finetune_seg, f"{camvid} --optimizer sgd").lr == finetune_seg.DATASETS["camvid"].lr
-    assert parsed(finetune_seg, f"--data isprs:{tmp_path}").base_size == 0
+    assert parsed(finetune_seg, f"--data isprs:{tmp_path}").base_size == 0  # tiles are not shrunk
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -1332,23 +1333,20 @@ def test_files_are_never_half_written(tmp_path):
     assert saved(tmp_path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-PUBLISHED_SIZES = """
-    --patch-size 16 --dim 32 --heads 4 --mlp-dim 64 --prototypes 48 --head-hidden 40 --bottleneck 16
-"""
-
-
 @pytest.mark.parametrize(
     "kind, new", [("own", "nothing"), ("published", "predictor.logits"), ("encoder", "head, predictor")]
 )
 def test_start_from_weights(kind, new, whole, tmp_path, capsys):
     """Steps that change next to nothing show what was loaded."""
-    path, sizes = tmp_path / "weights", PUBLISHED_SIZES if kind == "published" else ""
+    path, sizes = tmp_path / "weights", ""
     if kind == "own":
         shutil.copy(whole[train][1] / "last.pt", path)
-    elif kind == "published":
-        write_published(path)
-    else:
+    elif kind == "encoder":
         torch.save(loca.ViT(64, 8, 16, 2, 2, 16).state_dict(), path)
+    else:
+        write_published(path)
+        sizes = "--patch-size 16 --dim 32 --heads 4 --mlp-dim 64 "
+        sizes += "--prototypes 48 --head-hidden 40 --bottleneck 16"
     flags = f"{TINY_TRAIN} {sizes} --init {path} --steps 1 --lr 1e-20 --momentum 0.999999 --drop-path 0"
     run(train, f"{flags} --out {tmp_path}/run")
     lines = [line for line in capsys.readouterr().out.splitlines() if f"--init {path}" in line][:2]
@@ -1767,9 +1765,9 @@ def test_subsets_and_sizes():
 def test_loss_is_a_plain_mean_over_labeled_pixels():
     logits, labels = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 3, 5), dtype=torch.uint8)
     labels[0, 1], labels[1, 2, 3] = 255, 255
-    places = [(b, y, x) for b, y, x in np.ndindex(2, 3, 5) if labels[b, y, x] != 255]
-    values = [-logits[b, :, y, x].log_softmax(0)[int(labels[b, y, x])] for b, y, x in places]
-    torch.testing.assert_close(finetune_seg.segmentation_loss(logits, labels), torch.stack(values).mean())
+    losses = -F.one_hot(labels.long() % 255, 4) * logits.log_softmax(1).movedim(1, -1)
+    expected = losses.sum(-1)[labels != 255].mean()
+    torch.testing.assert_close(finetune_seg.segmentation_loss(logits, labels), expected)
     assert finetune_seg.segmentation_loss(logits, torch.full((2, 3, 5), 255)) == 0
 
 
@@ -1920,7 +1918,6 @@ def test_class_counts_and_palettes():
     assert sets["ade20k"].palette[-1] == (92, 0, 255) and first["cityscapes"][1] == (244, 35, 232)
     assert first["voc2012"] == [(0, 0, 0), (128, 0, 0)] and sets["voc2012"].palette[15] == (192, 128, 128)
     assert len(set(finetune_seg.voc_palette(253))) == 253 and len(sets["camvid"].colors) == 32
-    assert sets["isprs"].base_size == 0  # a tile of 6000 pixels must not be shrunk: windows cover it as it is
 
 
 @pytest.mark.parametrize(
@@ -2067,8 +2064,8 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     save(tmp_path / "in/deep.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 109)
     save(tmp_path / "in/broken.png", b"nothing")
     shutil.copy(seg / "run/best.pt", tmp_path / "alone.pt")
-    flags = f"--checkpoint {tmp_path}/alone.pt --out {tmp_path}/out --device cpu --precision float32 --predict {tmp_path}/in"
-    run(finetune_seg, flags)
+    flags = f"--checkpoint {tmp_path}/alone.pt --out {tmp_path}/out --device cpu --precision float32"
+    run(finetune_seg, f"{flags} --predict {tmp_path}/in")
     assert re.search(r"cannot read \S+in/broken.png: ", capsys.readouterr().err)
 
     def made(name):
@@ -2079,13 +2076,13 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     assert (mask == np.array(saved(tmp_path, "alone.pt")["palette"])[labels]).all()
     sizes = {"sub/thin": (3, 90), "side": (20, 30), "deep": (20, 30), "odd.png": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
-    run(finetune_seg, f"{flags}/sub/thin.png --window 24 --multi-scale")
+    run(finetune_seg, f"{flags} --predict {tmp_path}/in/sub/thin.png --window 24 --multi-scale")
     assert made("thin_overlay.png").any()
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
-    run(finetune_seg, f"{flags}/odd.jpg")
+    run(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
     again = made("odd_labels.png")
     assert again.shape == (37, 53) and 0.8 < (again == labels).mean()
-    assert "none of the images" in fails(finetune_seg, f"{flags}/broken.png")
+    assert "none of the images" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/broken.png")
 
 
 def write_weights(kind, path):

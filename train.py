@@ -814,7 +814,7 @@ def load_checkpoint(path, args, modules, world_size, device):
                 continue
             name = "its" if key == "images" else flag(key)
             if key not in MAY_CHANGE:
-                fail(f"{path} was made with {name} {old[key]}, not {new[key]}; restore it, or change --out")
+                fail(f"{path} was made with {name} {old[key]}, not {new[key]}; use another --out")
             say(f"resuming with {name} {new[key]}, formerly {old[key]}")
             if key in ("steps", "epochs"):
                 say("the learning rate now follows the schedule of the new length")
@@ -1243,10 +1243,8 @@ def check_batch(args, parser):
     """Check that the batch can be divided among processes and micro-batches; settle the number of workers."""
     shares = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
     if args.batch % shares:
-        near = max(1, round(args.batch / shares)) * shares
-        parser.error(
-            f"--batch {args.batch} is no multiple of {shares} (processes x --accumulate): try {near}"
-        )
+        near, shares = max(1, round(args.batch / shares)) * shares, f"{shares} (processes x --accumulate)"
+        parser.error(f"--batch {args.batch} is not a multiple of {shares}: try {near}")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -1298,7 +1298,7 @@ def test_compiled_parts_share_graphs_and_equal_eager_ones():
                 results.append([loss, *(p.grad for p in model.parameters())])
             torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert 0 < counts[1] == counts[3] <= 8 and counts[4:] == counts[:4]
+    assert counts == [6] * 8  # blocks for three numbers of tokens, predictor, assignments, feature loss
 
 
 def test_held_out_images_are_not_training_images(photos, tmp_path):

@@ -917,8 +917,8 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
     side, grid = reference.width, math.isqrt(len(targets))
     (top, left, height, width), (y, x, h, w) = boxes
     # The query's box, in pixels of the drawn reference.
-    x, w = (round(n * side / width) for n in (x - left, w))
-    y, h = (round(n * side / height) for n in (y - top, h))
+    x, w = round((x - left) * side / width), max(1, round(w * side / width))
+    y, h = round((y - top) * side / height), max(1, round(h * side / height))
     outlined = reference.copy()
     ImageDraw.Draw(outlined).rectangle((x, y, x + w, y + h), outline="red", width=3)
     upright = (ImageOps.mirror(query) if flipped else query).resize((w, h), Image.BICUBIC)

@@ -34,8 +34,8 @@ import loca
 import train
 from train import count, count_or_0, fail, positive, positive_or_0, say, share, share_or_0
 
-IGNORED, ILLEGAL = 255, 254  # labels: excluded everywhere; not a class of the data set
-HELD_OUT = 5  # every fifth image is held out if a data set has no validation part
+IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
+HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -46,7 +46,7 @@ class DataSet:
     """One data set: where its files are, how a mask becomes class indices, and the protocol's defaults.
 
     layouts: patterns of the images and of their masks, optionally that of a list of names, and optionally an
-    offset of the mask numbers in the training part. They are tried in turn in the folder, in `roots` below it
+    offset of the mask numbers in the training split. They are tried in turn in the folder, in `roots` below it
     and in its subfolders. An image and a mask belong together if their stars match the same text, or their
     '#' the same number; '|' separates alternatives, '.*' at the end matches any image extension. Without
     {split}, every fifth image is held out. splits: the values of {split}. values: class of each value of an
@@ -162,7 +162,7 @@ SUIM = names_of("water, diver, plants, wreck, robot, reef, fish, sea floor")
 SUIM_PALETTE = tuple(itertools.product((0, 255), repeat=3))
 
 # Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow
-# the nearest of these. The README's table lists where to get the files, and their pitfalls.
+# the nearest of these. The README's table lists the expected files.
 VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
 CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
@@ -269,9 +269,9 @@ def search_layouts(name, folder, split):
             return pairs, "{split}" in images + (listing or "")
         if missing and problem is None:
             shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
-            problem = f"{len(missing)} files of the {split} part are missing: {shown}"
+            problem = f"{len(missing)} files of the {split} split are missing: {shown}"
     if problem:
-        fail(f"--data {name}:{folder}: {problem}; add the files, or remove the names")
+        fail(f"--data {name}:{folder}: {problem}; add the missing files or remove these entries")
     return None, True
 
 
@@ -286,8 +286,8 @@ def find_pairs(name, folder, split):
     if has_parts:
         return pairs
     if split == "test":
-        fail(f"--data {name}:{folder}: it has no test part")
-    train.warn_once(f"--data {name}:{folder}: no validation part, so every fifth image is held out")
+        fail(f"--data {name}:{folder}: it has no test split")
+    train.warn_once(f"--data {name}:{folder}: no validation split, so every fifth image is held out")
     pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
     if not pairs:
         fail(f"--data {name}:{folder}: too few images to hold out every fifth for validation")
@@ -352,7 +352,7 @@ class Labeled:
             raw = np.asarray(mask.convert("RGB") if colored else mask)
         if colored and not self.data.colors:
             raise ValueError(
-                "it holds RGB colors, not class indices; for folder:DIR, list them in classes.txt"
+                "it holds RGB colors, not class indices; for folder:DIR, list the colors in classes.txt"
             )
         if colored:
             raw = (raw >= 128) * np.uint8(255) if self.data.painted else raw
@@ -366,7 +366,7 @@ class Labeled:
         wrong = labels == ILLEGAL
         if wrong.mean() > self.data.stray:
             value = raw[wrong][0].tolist()
-            raise ValueError(f"the value {value} in {wrong.sum()} pixels stands for no class")
+            raise ValueError(f"{wrong.sum()} pixels belong to no class; the first has the value {value}")
         return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
 
     def fit(self, labels, height, width):
@@ -459,7 +459,8 @@ def open_data(args, splits, rank, world_size, device, classes=None):
     if cropped:
         say(f"note: {cropped} masks cropped to their images")
     if args.base_size and short > 3 * args.base_size:
-        say(f"note: images shrink from {short:.0f} to {args.base_size} pixels; --base-size 0 prevents this")
+        shrunk = f"from a short side of {short:.0f} to {args.base_size} pixels"
+        say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
     if name == "folder" and classes is None:
         names = check_classes(f"--data folder:{folder}", pixels, names, bool(data.classes or args.classes))
     return parts, names, list(data.palette or voc_palette(len(names)))
@@ -505,7 +506,7 @@ def choose_crop(labels, crop, rng, most=0.75, redraws=10):
     """(top, left, height, width) of a random crop of labels uint8 [H, W], no larger than they are.
 
     A crop in which one class fills over `most` of the labeled pixels is drawn again, up to `redraws` times
-    (Segmenter's 75 % rule); so is a crop without labeled pixels.
+    (Segmenter's 75% rule); so is a crop without labeled pixels.
     """
     height, width = min(crop[0], labels.shape[0]), min(crop[1], labels.shape[1])
     for _ in range(redraws + 1):
@@ -710,7 +711,7 @@ def settle_windows(args):
 
 def parameter_groups(model, weight_decay, layer_decay):
     """Parameter groups by learning rate scale and weight decay. The decoder and the last norm have scale 1,
-    each block `layer_decay` times that of the block above; tensors of one dimension have no weight decay."""
+    each block `layer_decay` times that of the next block; tensors of one dimension have no weight decay."""
     names = [name for name, _ in model.named_parameters()]
     blocks = [re.match(r"encoder\.(?:model\.)?blocks\.(\d+)\.", name) for name in names]
     depth, groups = 1 + max((int(block[1]) for block in blocks if block), default=0), {}
@@ -805,8 +806,9 @@ def confusion(truth, predicted, classes):
 
 
 def scores(matrix):
-    """Metrics in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy, and IoU and
-    accuracy by class, NaN if a class is in neither truth nor prediction. The means exclude such classes."""
+    """Metrics in 0..1 of a confusion matrix, array [C, C]: mIoU, pixel accuracy, mean accuracy, and per-class
+    IoU (NaN for a class in neither truth nor prediction) and accuracy (NaN for a class not in the truth). The
+    means exclude NaN."""
     matrix = np.asarray(matrix, np.float64)
     right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore"):
@@ -1201,7 +1203,7 @@ def make_parser():
     g.add_argument("--encoder", metavar="timm:NAME", help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
     g.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="if the weights have a class token, keep it in the encoder; default: yes")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
-    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init, else B/16; the next five flags override parts of it")
+    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=count, help="side of a patch, pixels")
     g.add_argument("--dim", type=count, help="width")
     g.add_argument("--depth", type=count, help="number of blocks")
@@ -1221,12 +1223,12 @@ def make_parser():
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="default: sgd, as in Segmenter; adamw is easier on small data")
     g.add_argument("--lr", type=positive, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
     g.add_argument("--weight-decay", type=positive_or_0, help=f"for matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
-    g.add_argument("--layer-decay", type=share, default=1.0, help="ratio of the learning rates of a block and the next one; 0.65-0.9 preserves pretrained features")
+    g.add_argument("--layer-decay", type=share, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
     g.add_argument("--clip", type=positive_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
-    g.add_argument("--split", default="val", choices=["val", "test"], help="part to evaluate with --eval-only")
+    g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
     g.add_argument("--window-batch", type=count, default=8, help="windows at a time; changes memory and speed, not results")
     g.add_argument("--evaluations", type=count, default=10, help="evaluations during a run, evenly spaced; the last one is at the end")
@@ -1296,7 +1298,7 @@ def parse_args(arguments=None):
         if args.init not in ("none", "timm") and not os.path.isfile(args.init):
             parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
     if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
-        parser.error(f"--split test: {name} has no test part with masks")
+        parser.error(f"--split test: {name} has no test split with masks")
     if args.split != "val" and not args.eval_only:
         parser.error(f"--split {args.split}: training is evaluated on val; add --eval-only")
     if args.predict and not os.path.exists(args.predict):

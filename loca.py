@@ -720,8 +720,8 @@ def read_torch_file(path):
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         if unsafe:
             raise ValueError(
-                f"it holds an object of class {unsafe[1]}, which could run code when loaded; where the file "
-                "was made, save only the state dict: torch.save(model.state_dict(), FILE)"
+                f"it holds an object of class {unsafe[1]}, which could run code when loaded; in the program "
+                "that wrote it, save only the state dict: torch.save(model.state_dict(), FILE)"
             ) from error
         raise ValueError(f"it is damaged, or torch.save did not write it ({type(error).__name__})") from error
 
@@ -739,7 +739,7 @@ def _leaves(tree, separator, prefix=""):
     """(path, tensor) of all tensors in nested dicts."""
     for name, value in tree.items():
         if isinstance(value, dict) and "__msgpack_chunked_array__" in value:
-            # flax splits arrays of over 1 GiB into chunks, named "0", "1", ... in order, like the shape.
+            # flax splits arrays over 1 GiB into chunks named "0", "1", ...; the shape's entries are too.
             chunks = torch.cat([chunk.flatten() for chunk in value["chunks"].values()])
             value = chunks.reshape(list(value["shape"].values()))
         if isinstance(value, dict):
@@ -814,8 +814,8 @@ def _find_vit(tree, branch):
     prefixes = [key[: match.start()] for key in flat if (match := PATCH_WEIGHT.search(key))]
     if not prefixes:
         raise ValueError("there is no ViT in it: no entry is named patch_embed.proj.weight")
-    # A file may hold several ViTs, such as teacher and student: take the requested branch's with the
-    # shortest prefix.
+    # A file may hold several ViTs, such as teacher and student: among those of the requested branch,
+    # take the one with the shortest prefix.
     wanted = [prefix for prefix in prefixes if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or prefixes, key=len)
     if prefix:

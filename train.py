@@ -79,8 +79,8 @@ def warn_once(text):
 def to_8_bits(values):
     """Gray values of more than 8 bits [H, W] -> uint8 [H, W].
 
-    Values that fill at least a quarter of 0..65535 are divided by 257. Others, such as 12 bits in 16, CT
-    images with negative values and elevations, are scaled from their minimum..maximum. NaN becomes black.
+    Values that fill at least a quarter of 0..65535 are divided by 257. Others (12-bit values in 16 bits, CT
+    images with negative values, elevations) are rescaled from min..max to 0..255. NaN becomes black.
     """
     values = np.asarray(values, np.float32)
     finite = values[np.isfinite(values)]
@@ -88,7 +88,7 @@ def to_8_bits(values):
     if low >= 0 and 2**14 <= high < 2**16:
         low, high = 0, 65535
     else:
-        warn_once("images with more than 8 bits that use part of the range are scaled from their min..max")
+        warn_once("images with more than 8 bits that use part of the range: min..max is rescaled to 0..255")
     scaled = (np.nan_to_num(values, nan=low) - low) * (255 / max(high - low, 1e-6))
     return scaled.clip(0, 255).astype(np.uint8)
 
@@ -140,7 +140,7 @@ SCENE_PALETTE = (
 )  # fmt: skip
 GRAIN = (6, 14, 40, 16, 22, 48, 5, 8, 18, 4)  # texture strength of each class, in gray levels
 # fmt: off
-THINGS = {  # height, maximum per scene, parts: shape, corners (x, y, ...) above the foot in heights, shade
+THINGS = {  # height, maximum per scene, parts: shape, corners from the foot (unit: height), shade
     "house": (0.34, 3, [
         ("rectangle", (0.25, 0.7, 0.4, 1.3), 0.6), ("rectangle", (-0.6, 0, 0.6, 0.8), 1.2),
         ("polygon", (-0.7, 0.8, 0, 1.3, 0.7, 0.8), 0.7), ("rectangle", (-0.1, 0, 0.12, 0.42), 0.4),
@@ -274,8 +274,8 @@ def crop(image, box, size, flip):
 
 
 def read_or_next(source, index, read):
-    """The result of `read` for the image at `index`, or for the next readable one, and '' or what was wrong
-    with the first. Raises ValueError after 100 unreadable images in a row."""
+    """The result of `read` for the image at `index`, or for the next readable one; and what was wrong
+    with the image at `index`, '' if nothing. Raises ValueError after 100 unreadable images in a row."""
     wrong, most = "", min(len(source), 100)
     for i in range(most):
         try:
@@ -515,8 +515,8 @@ def build_model(args):
 
 
 def init_from(path, model, teacher):
-    """Initialize from a file, the student from its student and the teacher from its teacher: the whole
-    encoder, and the tensors of the head and the predictor that fit. Yields one summary line per branch; exits
+    """Initialize the student from the file's student and the teacher from its teacher: the whole encoder, and
+    those tensors of the head and the predictor that fit. Yields one summary line per branch; exits
     with an error if the encoder does not fit."""
     for branch, module in (("student", model), ("teacher", teacher)):
         if module is None:
@@ -561,7 +561,7 @@ def weight_decay_groups(model, weight_decay):
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Linear from 0 over `warmup` steps, then a cosine that would reach 1 % of the peak at step `steps`."""
+    """Linear from 0 over `warmup` steps, then a cosine that would reach 1% of the peak at step `steps`."""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup)
@@ -685,7 +685,7 @@ class Meter:
 
     def next_batch(self, batches, images):
         """The next batch. Measures the time spent waiting for it, and names each unreadable file once; exits
-        with an error if over 5 % of the `images` of this process are unreadable."""
+        with an error if over 5% of the `images` of this process are unreadable."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
@@ -694,7 +694,7 @@ class Meter:
             print(f"warning: cannot read {wrong}; another image replaces it", file=sys.stderr, flush=True)
         self.seen += len(batch["unreadable"])
         if len(self.unreadable) > 0.05 * min(images, max(self.seen, 400)):
-            fail(f"{len(self.unreadable)} images are unreadable so far, over 5 %: see the warnings above")
+            fail(f"{len(self.unreadable)} images are unreadable so far, over 5%: see the warnings above")
         return batch
 
     def add(self, values):
@@ -812,7 +812,7 @@ def load_checkpoint(path, args, modules, world_size, device):
         for key in sorted(old.keys() & new.keys() - {"out"}):
             if old[key] == new[key]:
                 continue
-            name = "its" if key == "images" else flag(key)
+            name = "a set of" if key == "images" else flag(key)
             if key not in MAY_CHANGE:
                 fail(f"{path} was made with {name} {old[key]}, not {new[key]}; use another --out")
             say(f"resuming with {name} {new[key]}, formerly {old[key]}")
@@ -828,7 +828,7 @@ def load_checkpoint(path, args, modules, world_size, device):
     return saved
 
 
-# ------------------------------------------------------------------------------- held-out figures and picture
+# ------------------------------------------------------------------------------- held-out metrics and picture
 
 
 def held_out_batches(images, args, device, indices):
@@ -865,7 +865,7 @@ def evaluate(model, teacher, images, args, rank, world_size, device):
 
 
 def random_distance(grid):
-    """Mean distance of a random guess in patches: between two random positions of a grid (rows, columns)."""
+    """Mean error of a random guess: distance in patches between two positions of a grid (rows, columns)."""
     cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
     return torch.cdist(cells, cells).mean().item()
 
@@ -928,7 +928,7 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
         for k, (target, position) in enumerate(zip(targets, positions)):
             row, column = k // grid, grid - 1 - k % grid if flipped else k % grid
             part = [column * w // grid, row * h // grid, (column + 1) * w // grid, (row + 1) * h // grid]
-            # A patch lies where its content is, moved by the error of the prediction.
+            # Each patch is drawn at its true place, shifted by the prediction error.
             right, down = position % grid - target % grid, position // grid - target // grid
             if target >= 0:
                 place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
@@ -1167,7 +1167,7 @@ def add_run_flags(parser):
     g.add_argument("--device", help="cuda, mps or cpu; default: the first one available")
     g.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
     g.add_argument("--workers", type=count_or_0, help="loader processes per device; default: its share of the cores, at most 12")
-    g.add_argument("--log-every", type=count, default=20, help="steps between log lines; a run of several processes stops only at one")
+    g.add_argument("--log-every", type=count, default=20, help="steps between log lines; a multi-process run can be stopped only at a log line")
     g.add_argument("--save-minutes", type=positive_or_0, default=10.0, help="minutes between checkpoints")
     g.add_argument("--seed", type=count_or_0, default=0, help="seed of everything random")
     # fmt: on
@@ -1182,7 +1182,7 @@ def make_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder of images, at any depth; default: drawn scenes and a tiny model")
     g.add_argument("--val", metavar="DIR", help="folder of held-out images; default: part of --data")
-    g.add_argument("--val-images", type=count_or_0, default=500, help="number of held-out images; at most a tenth of --data")
+    g.add_argument("--val-images", type=count_or_0, default=500, help="maximum number of held-out images; without --val, also at most a tenth of --data")
     g.add_argument("--val-every", type=count, default=1, metavar="E", help="epochs between held-out evaluations; raise it for few images")
     g.add_argument("--scenes", type=count, default=1280, help="number of drawn scenes to train on, without --data")
     g.add_argument("--small", **yes_no, help="a preset for hundreds of images and a CPU: small model, views and batch; half an hour on two cores")
@@ -1191,12 +1191,12 @@ def make_parser():
     g.add_argument("--focal-size", type=count, default=96, help="side of the focal queries, pixels")
     g.add_argument("--focal", type=count_or_0, default=9, help="focal queries per image; fewer is faster")
     g.add_argument("--query-tokens", type=count, help="tokens of the random query that are encoded; default: 5/14 of them")
-    g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="range of the share of the image that the reference and the random query cover")
-    g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="range of the share of the image that a focal query covers")
+    g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="smallest and largest share of the image area that the reference and the random query cover")
+    g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="smallest and largest share of the image area that a focal query covers")
     g.add_argument("--blur", **yes_no, help="blur views as the paper intends; the released code never blurs")
     g = parser.add_argument_group("method")
     g.add_argument("--init", metavar="FILE", help="initial weights: published (flax), from an earlier run, or from any ViT")
-    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init, else B/16; the next five flags override parts of it")
+    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=count, help="side of a patch, pixels; smaller for small images")
     g.add_argument("--dim", type=count, help="width")
     g.add_argument("--depth", type=count, help="number of blocks")
@@ -1226,7 +1226,7 @@ def make_parser():
     g.add_argument("--momentum", type=share_or_0, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
     g = add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run found there is resumed")
-    g.add_argument("--compile", **yes_no, help="torch.compile the transformer blocks: slow start, faster on GPUs")
+    g.add_argument("--compile", **yes_no, help="torch.compile the blocks, the predictor and the feature loss: slow start, faster on GPUs")
     g.add_argument("--grad-checkpoint", type=count_or_0, nargs="?", default=0, const=1000, metavar="N", help="recompute the first N blocks, or all of them, in the backward pass: less memory, slower")
     g.add_argument("--keep", type=count_or_0, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: only the last one")
     g.add_argument("--tensorboard", **yes_no, help="also write a TensorBoard log (pip install tensorboard)")

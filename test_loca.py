@@ -403,9 +403,8 @@ def test_losses_stay_finite(scale, matched):
 
 def test_distance_of_random_positions():
     logits, targets = torch.randn(400, 9, 20), torch.randint(20, (400, 9))
-    assert loca.position_distance(logits, targets, 5).item() == pytest.approx(
-        train.random_distance((4, 5)), rel=0.05
-    )
+    distance = loca.position_distance(logits, targets, 5).item()
+    assert distance == pytest.approx(train.random_distance((4, 5)), rel=0.05)
 
 
 def test_single_image():
@@ -1194,10 +1193,8 @@ def test_pieces_of_a_puzzle_lie_where_they_belong(photos):
     targets = loca.patch_targets(boxes[0], boxes[1], torch.tensor(True), 64, 8, 8)
 
     def placed(predicted):
-        sheet = np.asarray(
-            train.draw_puzzle(reference, query, boxes.tolist(), True, targets.tolist(), predicted)
-        )
-        return [sheet[:64, start : start + 64].astype(float) for start in (140, 210)]  # the last two pictures
+        sheet = train.draw_puzzle(reference, query, boxes.tolist(), True, targets.tolist(), predicted)
+        return [np.asarray(sheet, float)[:64, start : start + 64] for start in (140, 210)]  # the last two
 
     truth, predicted = placed(targets.tolist())
     shown = np.abs(truth - np.asarray(reference, float)).max(-1) < 12  # neither dimmed nor out of place
@@ -1990,7 +1987,9 @@ def test_masks_of_suim_are_cropped(tmp_path):
     data, _, _, said = open_part("suim", tmp_path, base_size=2)
     assert said.count("2 masks cropped to their images") == 1 and "downscaled" not in said
     assert data.read(2)[1].shape == (8, 5) and data.read(2)[1][0, :3].tolist() == [4, 1, 2]
-    assert "a short side of 6 to 1 pixels" in open_part("suim", tmp_path, base_size=1)[3]  # shrunk over 3 times
+    assert (
+        "a short side of 6 to 1 pixels" in open_part("suim", tmp_path, base_size=1)[3]
+    )  # shrunk over 3 times
     save(tmp_path / "train_val/masks/0.bmp", columns([0, 255], 8))
     assert "mode L, but masks of this data set hold RGB colors" in fails_to(open_part, "suim", tmp_path)
 

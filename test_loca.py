@@ -2024,9 +2024,11 @@ def test_processes_share_the_masks(seg, monkeypatch):
 
 
 def test_seg_run_folder(seg, tmp_path, monkeypatch):
-    figures, miou = finetune_seg.evaluate, [0.3, 0.5, 0.4]
+    figures, miou = finetune_seg.evaluate, [0.3, 0.5, 0.4, 0.4]
     monkeypatch.setattr(finetune_seg, "evaluate", lambda *given: {**figures(*given), "miou": miou.pop(0)})
-    flags = "--crop 16 24 --stride 8 12 --optimizer adamw --lr 0.003 --evaluations 3 --drop-path 0.2"
+    flags = (
+        "--crop 16 24 --window 24 --stride 8 12 --optimizer adamw --lr 0.003 --evaluations 3 --drop-path 0.2"
+    )
     run(finetune_seg, f"{TINY_SEG} {flags} --data folder:{seg}/data --out {tmp_path}")
     names = "last.pt best.pt results.json predictions.png metrics.jsonl settings.json"
     assert set(names.split()) == {path.name for path in tmp_path.iterdir()}
@@ -2037,9 +2039,11 @@ def test_seg_run_folder(seg, tmp_path, monkeypatch):
     assert (best["step"], last["step"], last["best"], result["best"], result["miou"]) == (4, 6, 0.5, 0.5, 0.4)
     assert np.sum(result["confusion"]) == 5 * (20 * 28 - 1)  # one pixel of each mask is ignored
     assert result["protocol"].startswith("folder val, 5 images, 3 classes, base size 20, ")
-    assert result["protocol"].endswith("window 16x24, stride 8x12, single scale")
+    assert result["protocol"].endswith("crop 16x24, window 24x24, stride 8x12, single scale")
     losses = records(tmp_path)
     assert [*records(tmp_path, "val_miou")] == [2, 4, 6] and losses[6] < losses[2]
+    run(finetune_seg, f"{EVALUATE} {tmp_path}/last.pt --out {tmp_path}/again")
+    assert saved(tmp_path / "again", "results.json")["protocol"] == result["protocol"]
 
 
 def test_decoder_and_frozen_encoder():
@@ -2086,9 +2090,8 @@ def test_an_evaluation_depends_on_neither_processes_nor_windows_at_a_time(seg, p
     shutil.copytree(seg / "data", tmp_path / "data")
     for path in tmp_path.glob("data/*/val"):
         path.rename(path.with_name("test"))
-    flags = (
-        f"{EVALUATE} {pair}/finetune_seg/last.pt --data folder:{tmp_path}/data --split test --out {tmp_path}"
-    )
+    flags = f"{EVALUATE} {pair}/finetune_seg/last.pt --data folder:{tmp_path}/data --split test"
+    flags += f" --out {tmp_path}"
     two = saved(pair / "finetune_seg", "results.json")
     for batch in (1, 7):
         run(finetune_seg, f"{flags} --window-batch {batch}")

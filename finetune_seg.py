@@ -902,8 +902,8 @@ def write_results(path, result, classes, **more):
 
 
 def paint(labels, palette):
-    """Labels [H, W] -> picture in the classes' colors; 255 is black."""
-    colors = np.zeros((256, 3), np.uint8)
+    """Labels [H, W] -> picture in the classes' colors; 255 is white."""
+    colors = np.full((256, 3), 255, np.uint8)
     colors[: len(palette)] = palette
     return Image.fromarray(colors[np.asarray(labels)])
 
@@ -930,7 +930,7 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, widt
     indices = np.unique(np.linspace(0, len(source) - 1, rows).astype(int))
     sheet, shown = Image.new("RGB", (3 * width, 24 + len(indices) * height), "white"), []
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for column, title in enumerate(("photo", "truth (black: ignored)", "prediction")):
+    for column, title in enumerate(("photo", "truth (white: ignored)", "prediction")):
         pen.text((column * width + 4, 3), title, fill="black", font=font)
     for row, i in enumerate(indices):
         image, truth = source.read(i)

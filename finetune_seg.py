@@ -972,11 +972,11 @@ def evaluate_only(args, content):
     result = evaluate(model, source, args, len(classes), rank, world_size, device)
     protocol = protocol_of(args, args.split, len(source), len(classes))
     report(result, classes, protocol)
+    say(f"writing {out}/results.json and predictions.png")
     if rank == 0:
         figures = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
         write_results(out / "results.json", result, classes, **figures)
         draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
-        say(f"{out}: results.json, predictions.png")
 
 
 @torch.no_grad()
@@ -1071,7 +1071,7 @@ def main(args):
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch}; {len(images)} of {whole} images, "
         f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained "
-        f"parameters; {total_steps} steps; start: {args.encoder or args.init}; in {out}"
+        f"parameters; {total_steps} steps; start: {args.encoder if args.init == 'timm' else args.init}; in {out}"
     )
     more, saved_at = {"classes": classes, "palette": palette}, time.monotonic()
 

@@ -1572,7 +1572,7 @@ def test_a_damaged_checkpoint_is_refused_and_left(script, damage, whole, tmp_pat
 def test_settings_of_a_resumed_run(script, whole, tmp_path, capsys):
     flags, out, run_out = f"{whole[script][0]} --out {tmp_path}/run", whole[script][1], tmp_path / "run"
     shutil.copytree(out, run_out)
-    refused = "--seed 1|--batch 6|--weight-decay 0.7|--dim 48|"
+    refused = f"--seed 1|--batch 6|--weight-decay 0.7|--dim 48|--init {out}/last.pt|"
     refused += "--momentum 0.5|--masking first" if script is train else "--crop 24|--fraction 1/2"
     for change in refused.split("|"):
         said = fails(script, f"{flags} {change}")

@@ -789,7 +789,7 @@ def save_checkpoint(path, args, step, modules, **more):
 
 # Settings that a resumed run may change. load_checkpoint checks that all others are the same.
 MAY_CHANGE = {
-    "data", "folder", "val", "out", "init", "workers", "device", "precision", "compile", "grad_checkpoint",
+    "data", "folder", "val", "out", "workers", "device", "precision", "compile", "grad_checkpoint",
     "log_every", "save_minutes", "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr",
     "warmup_epochs", "clip", "evaluations", "window_batch", "multi_scale",
 }  # fmt: skip
@@ -809,15 +809,18 @@ def load_checkpoint(path, args, modules, world_size, device):
             fail(f"cannot resume from {path}: {error}")
         except (KeyError, TypeError):
             fail(f"cannot resume from {path}: it is not a checkpoint of this script; use another --out")
-        for key in sorted(old.keys() & new.keys() - {"out"}):
-            if old[key] == new[key]:
-                continue
+        changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
+        for key in changed:
             name = "a set of" if key == "images" else flag(key)
             if key not in MAY_CHANGE:
-                fail(f"{path} was made with {name} {old[key]}, not {new[key]}; use another --out")
-            say(f"resuming with {name} {new[key]}, formerly {old[key]}")
-            if key in ("steps", "epochs"):
-                say("the learning rate now follows the schedule of the new length")
+                fail(
+                    f"{path} was made with {name} {old[key]}, not {new[key]}; restore it or use another --out"
+                )
+        for key in changed:
+            if key != "out":
+                say(f"resuming with {flag(key)} {new[key]}, formerly {old[key]}")
+        if {"steps", "epochs"} & set(changed):
+            say("the learning rate now follows the schedule of the new length")
         for name, module in modules.items():
             if module is not None:
                 module.load_state_dict(saved[name])
@@ -919,8 +922,9 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
     # The query's box, in pixels of the drawn reference.
     x, w = round((x - left) * side / width), max(1, round(w * side / width))
     y, h = round((y - top) * side / height), max(1, round(h * side / height))
-    outlined = reference.copy()
-    ImageDraw.Draw(outlined).rectangle((x, y, x + w, y + h), outline="red", width=3)
+    outlined, corners = reference.copy(), (max(0, x), max(0, y), min(side, x + w) - 1, min(side, y + h) - 1)
+    if corners[0] <= corners[2] and corners[1] <= corners[3]:  # the views overlap
+        ImageDraw.Draw(outlined).rectangle(corners, outline="red", width=3)
     upright = (ImageOps.mirror(query) if flipped else query).resize((w, h), Image.BICUBIC)
     pictures = [outlined, query]
     for positions in (targets, predicted):
@@ -950,7 +954,7 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
     both.train()
 
     sheet = [Image.new("RGB", (4 * side, 18), "white")]
-    for k, title in enumerate(("reference, query in red", "query", "true placement", "predicted placement")):
+    for k, title in enumerate(("reference (red: query)", "query", "true placement", "predicted placement")):
         font, place = ImageFont.load_default(13), (k * (side + 6) + 2, 0)
         ImageDraw.Draw(sheet[0]).text(place, title, fill="black", font=font)
     for i in range(len(targets)):

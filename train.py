@@ -811,11 +811,9 @@ def load_checkpoint(path, args, modules, world_size, device):
             fail(f"cannot resume from {path}: it is not a checkpoint of this script; use another --out")
         changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
         for key in changed:
-            name = "a set of" if key == "images" else flag(key)
+            what = f"{'a set of' if key == 'images' else flag(key)} {old[key]}, not {new[key]}"
             if key not in MAY_CHANGE:
-                fail(
-                    f"{path} was made with {name} {old[key]}, not {new[key]}; restore it or use another --out"
-                )
+                fail(f"{path} was made with {what}; restore it or use another --out")
         for key in changed:
             if key != "out":
                 say(f"resuming with {flag(key)} {new[key]}, formerly {old[key]}")
@@ -846,25 +844,18 @@ def held_out_batches(images, args, device, indices):
 
 @torch.no_grad()
 def evaluate(model, teacher, images, args, rank, world_size, device):
-    """Held-out position accuracy and loss, and how spread out the features are -> dict of floats. Each
-    process takes the same number of images; stochastic depth is off."""
+    """Held-out losses and metrics, and how spread out the features are -> dict of floats. Each process takes
+    the same number of images; stochastic depth is off."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    names = (
-        "position_accuracy",
-        "position_distance",
-        "position_loss",
-        "prototype_perplexity",
-        "target_entropy",
-    )
     sums, tokens, count = 0.0, [], len(images) // world_size  # images of each process
     for _, views in held_out_batches(images, args, device, range(len(images))[rank::world_size][:count]):
         with autocast(args.precision, device):
             losses = model(views, teacher)
             tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
-        sums = sums + len(views["focal"]) * torch.stack([losses[name].float() for name in names])
+        sums = sums + len(views["focal"]) * torch.stack([value.float() for value in losses.values()])
     both.train()
     means = sum_over_processes(sums / (count * world_size), device)
-    return {f"val_{name}": mean for name, mean in zip(names, means)} | feature_spread(torch.cat(tokens))
+    return {f"val_{name}": mean for name, mean in zip(losses, means)} | feature_spread(torch.cat(tokens))
 
 
 def random_distance(grid):

@@ -1061,6 +1061,10 @@ def main(args):
     modules = {"model": model, "optimizer": optimizer}
     saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
+    if saved and saved["classes"] != classes:
+        fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
+    if start_step >= total_steps:
+        say("note: this run is finished, nothing is trained; give a new run another --out")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----

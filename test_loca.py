@@ -1579,8 +1579,10 @@ def test_settings_of_a_resumed_run(script, whole, tmp_path, capsys):
         assert f"made with {change.split()[0]} " in said and "another --out" in said
     for change in ("--lr 0.0005", "--clip 2.0", "--log-every 3", "--accumulate 2"):
         run(script, f"{flags} {change}")
-        assert f"resuming with {change}, formerly" in capsys.readouterr().out or "log" in change
-    assert equal(weights(run_out), weights(out))  # it was finished
+        said = capsys.readouterr().out
+        assert f"resuming with {change}, formerly" in said
+        assert "this run is finished, nothing is trained" in said
+    assert equal(weights(run_out), weights(out))
     for change, step in (("--steps 7", 7), ("--epochs 3", 9 if script is train else 7)):
         run(script, f"{flags} {change}")  # an extended run goes on
         assert f"resuming with {change}, formerly" in capsys.readouterr().out
@@ -1599,6 +1601,9 @@ def test_the_folder_of_a_resumed_run_may_move_but_not_change(script, seg, tmp_pa
     for folder in ("d1", "d1/", "copy"):
         run(script, f"{flags}/{folder}")
     assert "made with a set of " in fails(script, f"{flags}/other")
+    if script is finetune_seg:
+        save(tmp_path / "copy/classes.txt", b"cat\ndog\nbird\n")
+        assert "made with other class names" in fails(script, f"{flags}/copy")
 
 
 ON_A_GPU = [

@@ -994,6 +994,8 @@ def main(args, images=None):
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
     saved = load_checkpoint(out / "last.pt", args, modules, world_size, device)
     start_step, accuracy = (saved["step"], saved["best"]) if saved else (0, None)  # best: the latest accuracy
+    if start_step >= total_steps:
+        say("note: this run is finished, nothing is trained; give a new run another --out")
     if args.compile:
         compile_parts(model, teacher)
     net = model

@@ -322,7 +322,7 @@ MASKING = {
 
 
 def visible_count(total, masking_ratio):
-    """Number of tokens left visible out of `total`, at least one. ValueError for a ratio outside 0..1."""
+    """Number of visible tokens out of `total`, at least one. ValueError unless 0 <= masking_ratio < 1."""
     if not 0 <= masking_ratio < 1:
         raise ValueError(f"the masking ratio is {masking_ratio}; it must be at least 0 and below 1")
     return max(1, int((1 - masking_ratio) * total + 1e-6))  # without 1e-6, (1 - 0.9) * 100 would give 9
@@ -740,8 +740,9 @@ def _leaves(tree, separator, prefix=""):
     for name, value in tree.items():
         if isinstance(value, dict) and "__msgpack_chunked_array__" in value:
             # flax splits arrays over 1 GiB into chunks named "0", "1", ...; the shape's entries are too.
-            chunks = torch.cat([chunk.flatten() for chunk in value["chunks"].values()])
-            value = chunks.reshape(list(value["shape"].values()))
+            parts = (value["chunks"], value["shape"])
+            chunks, shape = ([part[i] for i in sorted(part, key=int)] for part in parts)
+            value = torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
         if isinstance(value, dict):
             yield from _leaves(value, separator, f"{prefix}{name}{separator}")
         elif isinstance(value, torch.Tensor):
@@ -832,9 +833,9 @@ def _find_vit(tree, branch):
     if re.search("(momentum|base)_encoder", prefix) and len(state["encoder.patch_embed.proj.weight"]) == 384:
         heads = 12  # MoCo v3's ViT-S
     sizes = _vit_sizes(state, notes, heads, image_size)
-    # A whole LOCA also has a predictor and a head; a head of other projects holds other tensors.
+    # The student of a LOCA also has a predictor, its teacher a head, which names its prototypes.
     root = prefix.removesuffix("encoder.")
-    if f"{root}predictor.norm_query.weight" in flat:
+    if f"{root}predictor.norm_query.weight" in flat or f"{root}head.prototypes.weight" in flat:
         parts = (f"{root}predictor.", f"{root}head.")
         state |= {key.removeprefix(root): value for key, value in flat.items() if key.startswith(parts)}
     return Weights(state, sizes, notes)

@@ -263,6 +263,27 @@ def test_step_equals_the_plain_one(focal, weights):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("position", [True, False])
+def test_vit_equals_the_plain_one_on_rectangles(position):
+    """With kept tokens, a resized position embedding, and stochastic depth."""
+    torch.manual_seed(0)
+    vit, images = loca.ViT((32, 48), 8, 24, 2, 3, 48), torch.randn(3, 3, 64, 40)
+    grid = vit.pos_embed.view(1, 4, 6, 24).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, (8, 5), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    patches = vit.patch_embed(images).flatten(2).transpose(1, 2) + (resized if position else 0)
+    keep = torch.tensor([[3, 39, 7], [1, 2, 0], [5, 6, 7]])
+    x = torch.stack([patch[index] for patch, index in zip(patches, keep)])
+    scale = torch.tensor([[[0.0, 2, 2], [1, 1, 1]], [[0, 0, 2], [0, 2, 0]]]).view(2, 2, 3, 1, 1)
+    for block, (of_attention, of_mlp) in zip(vit.blocks, scale):
+        x = x + of_attention * block.attn(block.norm1(x))
+        x = x + of_mlp * block.mlp(block.norm2(x))
+    with mock.patch.object(vit, "draw_branch_scale", return_value=scale):
+        torch.testing.assert_close(vit(images, keep=keep, position=position), vit.norm(x))
+    vit, everything = vit.eval(), torch.arange(40)
+    torch.testing.assert_close(vit(images, keep=everything, attend=everything), vit(images))
+    assert not torch.allclose(vit(images, attend=everything[1:]), vit(images))
+
+
 def test_stochastic_depth():
     """It drops samples and branches independently, more often in later blocks, and keeps the mean."""
     torch.manual_seed(0)
@@ -483,9 +504,10 @@ def write_published(path):
                 node = node.setdefault(parent, {})
             node[leaf] = array(value)
             if leaf == "posembed_input":  # cut in chunks, as arrays of over 1 GiB are
-                chunks = dict(enumerate(map(array, np.array_split(value.ravel(), 12))))
-                chunked = {"shape": dict(enumerate(value.shape)), "chunks": chunks}
-                node[leaf] = {"__msgpack_chunked_array__": True} | chunked
+                chunks = {str(i): array(x) for i, x in enumerate(np.array_split(value.ravel(), 12))}
+                chunks = dict(sorted(chunks.items()))  # "10" before "2": the names give the order
+                shape = {str(i): size for i, size in enumerate(value.shape)}
+                node[leaf] = {"__msgpack_chunked_array__": True, "shape": shape, "chunks": chunks}
     path.write_bytes(msgpack.packb(state | {"global_step": array(np.array(7, np.int32), 3)}))
     return flat
 
@@ -1140,8 +1162,12 @@ def test_presets_give_way_to_what_is_told(tmp_path, monkeypatch):
 
 
 @both_scripts
-def test_help_shows_the_defaults(script):
-    text = " ".join(script.make_parser().format_help().split())
+def test_help_names_every_flag_once_and_shows_defaults(script):
+    text, actions = script.make_parser().format_help(), script.make_parser()._actions
+    flags = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  -")]
+    assert sorted(flags) == sorted(action.option_strings[0] for action in actions)
+    assert all(action.help for action in actions)
+    text = " ".join(text.split())
     assert "minutes between checkpoints (10.0)" in text and "everything random (0)" in text
     assert "(None)" not in text and "(False)" not in text
 
@@ -1325,6 +1351,15 @@ def test_processes_share_the_held_out_images_and_see_the_same_each_time(monkeypa
     assert figures[1] == figures[2] != figures[0] and model.training and teacher.training
 
 
+def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, monkeypatch):
+    now = [0]  # a clock that ticks when it is read, and 1000 times in an evaluation
+    clock = SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 1) or now[-1], monotonic=time.monotonic)
+    monkeypatch.setattr(train, "time", clock)
+    evaluations = spy(monkeypatch, train, "evaluate", lambda *_: now.append(now[-1] + 1000))
+    run(train, f"{TINY_TRAIN} --out {tmp_path}")
+    assert len(evaluations) == 2 and min(records(tmp_path, "images_per_second").values()) > 4 / 100
+
+
 def test_unreadable_images_are_replaced_and_named_once(tmp_path, capfd):
     paths = [tmp_path / f"images/{i:02}.png" for i in range(24)]
     for i, path in enumerate(paths):
@@ -1375,9 +1410,14 @@ def test_files_are_never_half_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, new", [("own", "nothing"), ("published", "predictor.logits"), ("encoder", "head, predictor")]
+    "kind, new, new_teacher",
+    [
+        ("own", "nothing", "nothing"),
+        ("published", "predictor.logits", "nothing"),
+        ("encoder", "head, predictor", "head"),
+    ],
 )
-def test_start_from_weights(kind, new, whole, tmp_path, capsys):
+def test_start_from_weights(kind, new, new_teacher, whole, tmp_path, capsys):
     """Steps that change next to nothing show what was loaded."""
     path, sizes = tmp_path / "weights", ""
     if kind == "own":
@@ -1391,7 +1431,8 @@ def test_start_from_weights(kind, new, whole, tmp_path, capsys):
     flags = f"{TINY_TRAIN} {sizes} --init {path} --steps 1 --lr 1e-20 --momentum 0.999999 --drop-path 0"
     run(train, f"{flags} --out {tmp_path}/run")
     lines = [line for line in capsys.readouterr().out.splitlines() if f"--init {path}" in line][:2]
-    assert lines[0].endswith(f": {new}") and "student" in lines[0] and "teacher" in lines[1]
+    assert lines[0].endswith(f": {new}") and "student" in lines[0]
+    assert lines[1].endswith(f": {new_teacher}") and "teacher" in lines[1]
     for line in lines:
         assert "tensors loaded" in line and ("position embedding resized from" in line) == (kind != "own")
     found = weights(tmp_path / "run")
@@ -1667,7 +1708,14 @@ def place(x):
     return torch.stack([x.sum(1) * where, x[:, 0] - where, x[:, 1] ** 2], dim=1)
 
 
-ENLARGED = {(23, 31): None, (16, 10): None, (5, 40): (8, 64), (3, 2): (15, 10), (7, 23): (8, 26)}
+ENLARGED = {
+    (23, 31): None,
+    (16, 10): None,
+    (8, 10): None,
+    (5, 40): (8, 64),
+    (3, 2): (15, 10),
+    (7, 23): (8, 26),
+}
 SIX_SIZES = [(8, 12), (12, 18), (16, 24), (20, 30), (24, 36), (28, 42)]
 
 
@@ -1893,6 +1941,7 @@ FAULTS = [  # files that are written or removed, what is said about them; --clas
     ("masks/train/*.jpg", columns([0], 20, 28), "5.jpg: JPEG changes the values", None),
     ("images/train/0.jpg", columns([0], 20, 28), "0.(jpg|png).*0.(jpg|png): the same name twice", None),
     ("masks/train/*.png", columns([0, 255], 20, 28), "0, 255.* fewer than two classes.*object 255 255 255", None),
+    ("masks/train/*.png", columns([0, 128], 20, 28), "0, 128.*gaps|gaps.* 0, 128", None),
     ("masks/train/*.png", columns([0, 10, 200], 20, 28), "0, 10, 200.*gaps|gaps.* 0, 10, 200", None),
     ("masks/train/*.png", columns([0, 1] * 7 + [255], 20, 28), "255, .* 50%", None),
     ("classes.txt", b"cat\nignore\n", "fewer than two", None),

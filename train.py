@@ -490,8 +490,9 @@ def to_views(batch, args, random_colors=True):
     boxes, flips, large, small = batch["boxes"], batch["flips"], args.image_size, args.focal_size
     grid, focal_grid = large // args.patch_size, small // args.patch_size
     targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)  # B,N
-    focal_boxes = boxes[:, :1], boxes[:, 2:]  # B,1,4 and B,F,4
-    focal_targets = loca.patch_targets(*focal_boxes, flips[:, 2:], small, focal_grid, grid)  # B,F,n
+    reference_box, focal_boxes = boxes[:, :1], boxes[:, 2:]  # B,1,4 and B,F,4
+    sizes = (small, focal_grid, grid)
+    focal_targets = loca.patch_targets(reference_box, focal_boxes, flips[:, 2:], *sizes)  # B,F,n
     views = {"reference": reference, "query": query, "focal": focal}
     return {**views, "query_targets": targets, "focal_targets": focal_targets}
 
@@ -949,8 +950,8 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
         font, place = ImageFont.load_default(13), (k * (side + 6) + 2, 0)
         ImageDraw.Draw(sheet[0]).text(place, title, fill="black", font=font)
     for i in range(len(targets)):
-        views = (batch[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
-        pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in views]
+        crops = (batch[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
+        pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in crops]
         boxes, flipped = batch["boxes"][i, :2].tolist(), bool(batch["flips"][i, 1])
         sheet.append(draw_puzzle(*pictures, boxes, flipped, targets[i].tolist(), predicted[i].tolist()))
     return join(sheet, down=True)

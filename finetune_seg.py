@@ -32,10 +32,11 @@ from torch.utils.data import Dataset
 
 import loca
 import train
-from train import count, count_or_0, fail, positive, positive_or_0, say, share, share_or_0
+from train import fail, float_or_0, int_or_0, positive_float, positive_int, say, share, share_or_0
 
 IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
+VAL_SCENES = 50  # drawn scenes to validate on
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -89,8 +90,11 @@ def shifted(classes):
 
 def voc_palette(classes):
     """The colors of Pascal VOC's masks for `classes` classes: bits of the index, spread over the channels."""
-    bits = [[(c >> (3 * i + k) & 1) << (7 - i) for i in range(8)] for c in range(classes) for k in range(3)]
-    return tuple(tuple(sum(channel) for channel in bits[3 * c : 3 * c + 3]) for c in range(classes))
+    index, colors = np.arange(classes), np.zeros((classes, 3), int)
+    for bit in range(8):  # bit 3 * bit + channel of the index is bit 7 - bit of the channel
+        for channel in range(3):
+            colors[:, channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
+    return tuple(map(tuple, colors.tolist()))
 
 
 # fmt: off
@@ -260,8 +264,8 @@ def search_layouts(name, folder, split):
             mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
         wanted = sorted(image_files)
         if names_file:  # names, or paths of images, one per line
-            lines = names_file.read_text().splitlines()
-            wanted = sorted({(Path(line.split()[0]).stem,) for line in lines if line.strip()})
+            lines = filter(None, map(str.strip, names_file.read_text().splitlines()))
+            wanted = sorted({(x if (x,) in image_files else Path(x.split()[0]).stem,) for x in lines})
         missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in image_files]
         missing += [f"{'/'.join(key)!r} has no mask" for key in wanted if key not in mask_files]
         if wanted and not missing:
@@ -270,6 +274,8 @@ def search_layouts(name, folder, split):
         if missing and problem is None:
             shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
             problem = f"{len(missing)} files of the {split} split are missing: {shown}"
+            if name == "folder" and listing:  # a layout without lists would mix the splits
+                break
     if problem:
         fail(f"--data {name}:{folder}: {problem}; add the missing files or remove these entries")
     return None, True
@@ -310,11 +316,14 @@ def read_class_list(folder):
     if len(names) < 2:
         fail(f"{folder}: its class list has fewer than two classes: {', '.join(names)}")
     values, colors, palette = {}, {}, list(voc_palette(len(names)))
+    # A mask of one channel holds gray values if all colors of the list are gray, and line numbers otherwise.
+    gray = all(color and len(set(color)) == 1 for _, color in entries)
     for k, (name, color) in enumerate(entries):
-        values[k] = label = IGNORED if name == "ignore" else names.index(name)
+        label = IGNORED if name == "ignore" else names.index(name)
+        values.setdefault(k, label)
         if color:
             colors[color] = label
-            if color[0] == color[1] == color[2] >= len(entries):  # a gray mask, such as 0 and 255
+            if gray:
                 values[color[0]] = label
             if label != IGNORED:
                 palette[label] = color
@@ -432,7 +441,8 @@ def check_masks(parts, rank, world_size, device):
     *sums, found = train.sum_over_processes([*sums, len(wrong)], device)
     if found:
         fail(f"{found} masks are invalid; {'; '.join(sorted(wrong)[:3]) or 'another process names them'}")
-    return np.array(sums[:256]), sums[256], sums[257], sums[258] / sum(map(len, parts))
+    pixels, (stray, cropped, short) = np.array(sums[:256]), sums[256:]
+    return pixels, stray, cropped, short / sum(map(len, parts))
 
 
 def open_data(args, splits, rank, world_size, device, classes=None):
@@ -620,18 +630,20 @@ class Segmenter(nn.Module):
     def forward(self, images):
         tokens = self.encoder(images)  # B,N,D
         grid = [side // self.encoder.patch_size for side in images.shape[-2:]]
-        logits = self.decoder(tokens).float().transpose(1, 2).unflatten(2, grid)  # B,C,rows,columns
+        logits = self.decoder(tokens).float().transpose(1, 2).contiguous()  # B,C,N
+        logits = logits.unflatten(2, grid)  # B,C,rows,columns
         return F.interpolate(logits, images.shape[-2:], mode="bilinear")  # B,C,H,W
 
 
 class TimmEncoder(nn.Module):
     """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D]."""
 
-    def __init__(self, name, image_size, drop_path, **weights):
+    def __init__(self, name, image_size, drop_path, **from_timm):
         super().__init__()
         timm = loca.import_optional("timm")
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
-        self.model = timm.create_model(name, num_classes=0, **sizes, **weights)
+        self.model = timm.create_model(name, num_classes=0, **sizes, **from_timm)
+        self.model.reset_classifier(0, global_pool="")  # attention pooling would be trained, but never used
         self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.patch_size[0]
         # Models differ in how they normalize pixels: convert this project's normalization to the model's.
         config = self.model.pretrained_cfg
@@ -642,19 +654,20 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images):
         tokens = self.model.forward_features(images * self.scale + self.shift)
-        return tokens[:, self.model.num_prefix_tokens :]  # without class and register tokens
+        # Models that pool their patch tokens normalize with fc_norm; in the others it is the identity.
+        return self.model.fc_norm(tokens[:, self.model.num_prefix_tokens :])  # no class and register tokens
 
 
-SIZES = ("patch_size", "dim", "depth", "heads", "mlp_dim")
+SIZE_KEYS = tuple(loca.SIZES["B/16"])  # patch_size, dim, depth, heads, mlp_dim
 
 
-def build_model(args, classes, **weights):
-    """The Segmenter that the settings describe, on the CPU; `weights` are arguments of timm.create_model.
+def build_model(args, classes, **from_timm):
+    """The Segmenter that the settings describe, on the CPU; `from_timm` are arguments of timm.create_model.
     Raises ValueError for sizes that do not fit together."""
     if args.encoder:
-        encoder = TimmEncoder(args.encoder.removeprefix("timm:"), args.crop, args.drop_path, **weights)
+        encoder = TimmEncoder(args.encoder.removeprefix("timm:"), args.crop, args.drop_path, **from_timm)
     else:
-        sizes = [getattr(args, name) for name in SIZES]
+        sizes = [getattr(args, name) for name in SIZE_KEYS]
         encoder = loca.ViT(args.crop, *sizes, drop_path=args.drop_path, class_token=args.class_token)
     return Segmenter(encoder, classes, args.freeze)
 
@@ -662,7 +675,7 @@ def build_model(args, classes, **weights):
 def choose_encoder(args):
     """Set the encoder's sizes from the flags, --model, the run folder's checkpoint, --init, or B/16, in this
     order -> the weights of --init, or None."""
-    last, keys = Path(args.out, "last.pt"), (*SIZES, "class_token")
+    last, keys = Path(args.out, "last.pt"), (*SIZE_KEYS, "class_token")
     given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     sizes, weights = loca.SIZES["B/16"], None
     source = args.encoder or (last if last.exists() else f"--init {args.init}")
@@ -678,8 +691,9 @@ def choose_encoder(args):
             weights = loca.load_weights(args.init, args.branch)
             sizes = weights.sizes
             for note in weights.notes:
-                if "heads" not in given or "heads" not in note:
-                    say(f"--init {args.init}: {note}")
+                say(f"--init {args.init}: {note}")
+            if weights.heads_assumed and "heads" not in given:
+                say(f"--init {args.init}: heads assumed: {sizes['heads']}; set --heads to change it")
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{source}: {error}")
     except (KeyError, TypeError):
@@ -693,7 +707,8 @@ def choose_encoder(args):
 
 def settle_windows(args):
     """Set crop, window and stride to [height, width]: as given, or args.usual adapted to the patch size."""
-    patch, usual = args.patch_size, args.__dict__.pop("usual")
+    patch, usual = args.patch_size, args.usual
+    del args.usual  # not a setting: it must not be saved
     args.crop = args.crop or [math.ceil(side / patch) * patch for side in usual["window"]]
     args.window = args.window or args.crop
     for name in ("crop", "window"):
@@ -706,7 +721,7 @@ def settle_windows(args):
         sides = zip(usual["stride"], args.window, usual["window"])
         args.stride = [max(1, step * window // old) for step, window, old in sides]
     if any(step > side for step, side in zip(args.stride, args.window)):
-        fail(f"--stride {args.stride} must not exceed the window {args.window}")
+        fail("--stride {} {} must not exceed the window {} {}".format(*args.stride, *args.window))
 
 
 def parameter_groups(model, weight_decay, layer_decay):
@@ -740,7 +755,7 @@ def segmentation_loss(logits, labels):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-LARGEST = 2**28  # maximum number of probabilities held at once by a prediction, 1 GiB
+LARGEST = 2**28  # maximum number of probabilities of a predicted photo, 1 GiB
 
 
 def sliding_window(model, image, window, stride, batch):
@@ -861,7 +876,7 @@ def evaluate(model, source, args, classes, rank, world_size, device):
     }  # fmt: skip
 
 
-FIGURES = {
+METRICS = {
     "miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy",
     "localization_miou": "localization mIoU", "classification_map": "classification mAP",
 }  # fmt: skip
@@ -883,9 +898,9 @@ def report(result, classes, protocol, table=True):
         say(f"{'class':<{width}}    IoU  accuracy  share of pixels")
         shares = result["pixels"] / max(result["pixels"].sum(), 1)
         for name, iou, accuracy, part in zip(classes, result["iou"], result["accuracy"], shares):
-            figures = f"{iou:7.1%}{accuracy:10.1%}".replace("nan%", "   -")
-            say(f"{name:<{width}}{figures}{part:16.2%}")
-    say(f"{protocol}: " + " | ".join(f"{title} {result[name]:.2%}" for name, title in FIGURES.items()))
+            numbers = f"{iou:7.1%}{accuracy:10.1%}".replace("nan%", "   -")
+            say(f"{name:<{width}}{numbers}{part:16.2%}")
+    say(f"{protocol}: " + " | ".join(f"{title} {result[name]:.2%}" for name, title in METRICS.items()))
 
 
 def write_results(path, result, classes, **more):
@@ -893,9 +908,9 @@ def write_results(path, result, classes, **more):
     iou, accuracy = (np.where(np.isnan(x), None, x) for x in (result["iou"], result["accuracy"]))
     columns = (classes, iou.tolist(), accuracy.tolist(), result["pixels"].tolist())
     by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(*columns)]
-    figures = {name: result[name] for name in ("images", *FIGURES)}
-    confusion = result["confusion"].tolist()
-    train.write_json(path, {**more, **figures, "classes": by_class, "confusion": confusion})
+    metrics = {name: result[name] for name in ("images", *METRICS)}
+    matrix = result["confusion"].tolist()
+    train.write_json(path, {**more, **metrics, "classes": by_class, "confusion": matrix})
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -974,8 +989,8 @@ def evaluate_only(args, content):
     report(result, classes, protocol)
     say(f"writing {out}/results.json and predictions.png")
     if rank == 0:
-        figures = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
-        write_results(out / "results.json", result, classes, **figures)
+        context = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
+        write_results(out / "results.json", result, classes, **context)
         draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
 
 
@@ -1008,7 +1023,7 @@ def predict(args, content):
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
         print(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
-    if train.sum_over_processes([float(failed)], device)[0] == len(names):
+    if failed and failed == len(names[rank::world_size]):
         fail(f"--predict {source}: none of the images could be read")
 
 
@@ -1018,7 +1033,8 @@ def predict(args, content):
 def main(args):
     """Fine-tune with these settings, resuming from the last checkpoint in --out if there is one."""
     if args.eval_only or args.predict:
-        (predict if args.predict else evaluate_only)(args, args.__dict__.pop("content"))
+        run = predict if args.predict else evaluate_only
+        run(args, args.content)
         return train.end_processes()
 
     # ---- processes: torchrun's environment, or a single one ----
@@ -1042,20 +1058,23 @@ def main(args):
     # ---- model and optimizer ----
     train.seed_all(args.seed)
     # A resumed run takes its weights from the checkpoint, regardless of --init.
+    from_timm = {}  # what timm.create_model loads, for --encoder
+    if args.init == "timm":
+        from_timm = {"pretrained": True}
+    elif args.init != "none":
+        from_timm = {"checkpoint_path": args.init}
     try:
-        source = {"timm": {"pretrained": True}, "none": {}}.get(args.init, {"checkpoint_path": args.init})
-        model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else source))
+        model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else from_timm))
         if weights is not None:
             say(f"--init {args.init}: {loca.load_encoder(model.encoder, weights)}")
     except (ValueError, ImportError, RuntimeError, OSError) as error:
         fail(f"{args.encoder or f'--init {args.init}'}: {error}")
     model.to(device).train()
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    fused = device.type in ("cuda", "cpu")
     if args.optimizer == "sgd":  # as in Segmenter
-        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
     else:
-        optimizer = torch.optim.AdamW(groups, args.lr, fused=fused)
+        optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
@@ -1081,8 +1100,10 @@ def main(args):
 
     # ---- loop ----
     rounds = math.ceil(args.batch / len(images))  # a batch larger than the data set repeats images
-    steps, place = (args.batch, args.seed, start_step, total_steps), (rank, world_size)
-    keys = train.step_keys(rounds * len(images), *steps, *place, args.accumulate)
+    epoch = rounds * len(images)
+    keys = train.step_keys(
+        epoch, args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
+    )
     batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
     with contextlib.closing(batches), train.catch_signals() as stop:
         for step in range(start_step, total_steps):
@@ -1096,8 +1117,7 @@ def main(args):
                 last = micro == args.accumulate - 1  # gradients are averaged over the devices once per step
                 with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                     with train.autocast(args.precision, device):
-                        logits = net(train.normalize(batch["image"]))
-                    loss = segmentation_loss(logits, batch["labels"])
+                        loss = segmentation_loss(net(train.normalize(batch["image"])), batch["labels"])
                     (loss / args.accumulate).backward()
                 meter.add({"loss": loss})
 
@@ -1127,14 +1147,14 @@ def main(args):
                 result = evaluate(model, val_images, args, len(classes), rank, world_size, device)
                 protocol = protocol_of(args, "val", len(val_images), len(classes))
                 report(result, classes, protocol, table=done == total_steps)
-                record |= {f"val_{name}": result[name] for name in FIGURES}
+                record |= {f"val_{name}": result[name] for name in METRICS}
                 better = best is None or result["miou"] > best
                 best = max(result["miou"], best or 0.0)
                 if rank == 0 and better:
                     train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 if rank == 0:
-                    figures = {"protocol": protocol, "step": done, "best": best}
-                    write_results(out / "results.json", result, classes, **figures)
+                    context = {"protocol": protocol, "step": done, "best": best}
+                    write_results(out / "results.json", result, classes, **context)
                     draw_sheet(out / "predictions.png", model, val_images, args, device, classes, palette)
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
@@ -1144,6 +1164,7 @@ def main(args):
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
                 say(f"asked to stop: saved at step {done}; the same command resumes from there")
+                train.sum_over_processes([0.0], device)  # wait for the first process, as in train.py
                 train.end_processes()
                 sys.exit(train.EXIT_STOPPED)
 
@@ -1155,14 +1176,13 @@ def main(args):
 
 # --------------------------------------------------------------------------------------------- command line
 
-VAL_SCENES = 50
 SCENES_RUN = "runs/scenes/last.pt"  # where train.py without --data saves its checkpoint
 SCENES_PRESET = {
-    **{name: train.SCENES_PRESET[name] for name in SIZES}, "base_size": 128, "crop": 96, "stride": 64, "batch": 16,
+    **{name: train.SCENES_PRESET[name] for name in SIZE_KEYS}, "base_size": 128, "crop": 96, "stride": 64, "batch": 16,
     "steps": 400, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
 SMALL_PRESET = {  # goes with train.py --small
-    **{name: train.SMALL_PRESET[name] for name in SIZES}, "base_size": 192, "crop": 128, "stride": 64, "batch": 16,
+    **{name: train.SMALL_PRESET[name] for name in SIZE_KEYS}, "base_size": 192, "crop": 128, "stride": 64, "batch": 16,
     "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
@@ -1186,7 +1206,7 @@ def data_flag(text):
 def fraction(text):
     """argparse type of a share, such as 1/32 or 0.25."""
     part, _, whole = text.partition("/")
-    return share(float(part) / count(whole or 1))
+    return share(float(part) / positive_int(whole or 1))
 
 
 def make_parser():
@@ -1200,7 +1220,7 @@ def make_parser():
     g.add_argument("--fraction", type=fraction, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
     g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs over the subset, or for as many steps as with all images")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
-    g.add_argument("--scenes", type=count, default=400, help="number of drawn scenes to train on, without --data")
+    g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
     g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, if --init holds both")
@@ -1208,34 +1228,34 @@ def make_parser():
     g.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="if the weights have a class token, keep it in the encoder; default: yes")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
     g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
-    g.add_argument("--patch-size", type=count, help="side of a patch, pixels")
-    g.add_argument("--dim", type=count, help="width")
-    g.add_argument("--depth", type=count, help="number of blocks")
-    g.add_argument("--heads", type=count, help="attention heads, if the file does not specify them")
-    g.add_argument("--mlp-dim", type=count, help="hidden width of a block's MLP")
+    g.add_argument("--patch-size", type=positive_int, help="side of a patch, pixels")
+    g.add_argument("--dim", type=positive_int, help="width")
+    g.add_argument("--depth", type=positive_int, help="number of blocks")
+    g.add_argument("--heads", type=positive_int, help="attention heads, if the file does not specify them")
+    g.add_argument("--mlp-dim", type=positive_int, help="hidden width of a block's MLP")
     g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth rate of the last block")
     g = parser.add_argument_group("sizes (default: the data set's)")
-    g.add_argument("--base-size", type=count_or_0, help="short side that images are resized to, pixels; training scales it by 0.5-2; 0: each image's own")
-    g.add_argument("--crop", type=count, nargs="+", metavar="N", help="training crop, pixels: side, or height and width")
-    g.add_argument("--window", type=count, nargs="+", metavar="N", help="window of the evaluation; default: the crop")
-    g.add_argument("--stride", type=count, nargs="+", metavar="N", help="step between windows; smaller is slower and smoother")
+    g.add_argument("--base-size", type=int_or_0, help="short side that images are resized to, pixels; training scales it by 0.5-2; 0: each image's own")
+    g.add_argument("--crop", type=positive_int, nargs="+", metavar="N", help="training crop, pixels: side, or height and width")
+    g.add_argument("--window", type=positive_int, nargs="+", metavar="N", help="window of the evaluation; default: the crop")
+    g.add_argument("--stride", type=positive_int, nargs="+", metavar="N", help="step between windows; smaller is slower and smoother")
     g = parser.add_argument_group("training (default: the data set's)")
-    g.add_argument("--epochs", type=count, help="passes over the images")
-    g.add_argument("--steps", type=count, help="optimizer steps, instead of --epochs")
-    g.add_argument("--batch", type=count, help="images per step, over all devices and micro-batches")
-    g.add_argument("--accumulate", type=count, default=1, help="micro-batches per step, to save memory")
+    g.add_argument("--epochs", type=positive_int, help="passes over the images")
+    g.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
+    g.add_argument("--batch", type=positive_int, help="images per step, over all devices and micro-batches")
+    g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="default: sgd, as in Segmenter; adamw is easier on small data")
-    g.add_argument("--lr", type=positive, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
-    g.add_argument("--weight-decay", type=positive_or_0, help=f"for matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
+    g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
+    g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
     g.add_argument("--layer-decay", type=share, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
-    g.add_argument("--clip", type=positive_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
+    g.add_argument("--clip", type=float_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
     g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
-    g.add_argument("--window-batch", type=count, default=8, help="windows at a time; changes memory and speed, not results")
-    g.add_argument("--evaluations", type=count, default=10, help="evaluations during a run, evenly spaced; the last one is at the end")
+    g.add_argument("--window-batch", type=positive_int, default=8, help="windows at a time; changes memory and speed, not results")
+    g.add_argument("--evaluations", type=positive_int, default=10, help="evaluations during a run, evenly spaced; the last one is at the end")
     g.add_argument("--predict", metavar="PATH", help="an image or a folder to segment with --checkpoint, into --out")
     g = train.add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
@@ -1261,8 +1281,8 @@ def choose_preset(given, name):
     preset["weight_decay"] = ADAMW["weight_decay"] if optimizer == "adamw" else 0.0
     if given.epochs:
         preset["steps"] = None
-    if given.encoder or (given.init or preset["init"]) != "none":  # the weights decide the sizes
-        preset = {key: value for key, value in preset.items() if key not in SIZES}
+    if given.model or given.encoder or (given.init or preset["init"]) != "none":  # these decide the sizes
+        preset = {key: value for key, value in preset.items() if key not in SIZE_KEYS}
     return preset
 
 
@@ -1298,7 +1318,7 @@ def parse_args(arguments=None):
     if content is not None:
         args.content = content
     else:
-        train.check_batch(args, parser)
+        train.settle_batch(args, parser)
         if args.init not in ("none", "timm") and not os.path.isfile(args.init):
             parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
     if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):

@@ -196,7 +196,8 @@ class ViT(nn.Module):
         # Patches become tokens. A random query keeps some of them, after the position embedding is added.
         x = self.patch_embed(images)  # B,D,rows,columns
         grid = tuple(x.shape[-2:])
-        x = x.flatten(2).transpose(1, 2)  # B,N,D
+        # Contiguous, in float32: every block would inherit the convolution's memory layout and bf16.
+        x = x.flatten(2).transpose(1, 2).contiguous().to(self.pos_embed.dtype)  # B,N,D
         if position:
             x = x + self.position_embedding(grid)
         if keep is not None:
@@ -611,12 +612,13 @@ TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 class Weights(dict):
     """State dict of an encoder ('encoder.blocks.0...') or of a whole LOCA, as found in a file.
 
-    sizes: the matching arguments of ViT. notes: what was found and what had to be assumed, one line each.
+    sizes: the matching arguments of ViT; heads_assumed: the file does not tell the number of heads.
+    notes: what was found, one line each.
     """
 
-    def __init__(self, state, sizes, notes):
+    def __init__(self, state, sizes, notes, heads_assumed=False):
         super().__init__(state)
-        self.sizes, self.notes = sizes, notes
+        self.sizes, self.notes, self.heads_assumed = sizes, notes, heads_assumed
 
 
 def load_weights(path, branch="student"):
@@ -659,7 +661,7 @@ def load_encoder(encoder, state):
     ValueError, and changes nothing, if weights for part of the ViT are missing or if the ViT lacks parts of
     the file's ViT.
     """
-    sizes = getattr(state, "sizes", None) or _vit_sizes(state, [])
+    sizes = getattr(state, "sizes", None) or _vit_sizes(state)
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
     own, notes, has_token = encoder.state_dict(), [], "cls_token" in state
@@ -702,7 +704,7 @@ def published_to_state_dict(flat):
     state = _merge_qkv(state)
     # A LOCA on the meta device gives the expected names: the state must have these and no others.
     with torch.device("meta"):
-        encoder = ViT(**_vit_sizes(state, [], heads=1))
+        encoder = ViT(**_vit_sizes(state, heads=1))
         own = LOCA(encoder, prototypes=int("head.fc1.weight" in state)).state_dict()
     problem = _differences(own, state, shapes=False)
     if problem:
@@ -780,9 +782,9 @@ def _differences(own, state, shapes=True):
     return "; ".join(f"{what}: {_some(names)}" for what, names in lists.items() if names)
 
 
-def _vit_sizes(state, notes, heads=None, image_size=None):
-    """The arguments of ViT that match a state dict. Those that its tensors do not determine are assumed, and
-    recorded in `notes`."""
+def _vit_sizes(state, heads=None, image_size=None):
+    """The arguments of ViT that match a state dict. `heads` and `image_size`, which its tensors do not
+    determine, are assumed if None: the heads that are usual for the width, and a square image."""
     try:
         kernel, hidden = state["encoder.patch_embed.proj.weight"], state["encoder.blocks.0.mlp.fc1.weight"]
         tokens = state["encoder.pos_embed"].shape[1] - int("encoder.cls_token" in state)
@@ -791,7 +793,6 @@ def _vit_sizes(state, notes, heads=None, image_size=None):
     dim, patch_size, side = len(kernel), kernel.shape[-1], math.isqrt(tokens)
     if heads is None:
         heads = {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
-        notes.append(f"heads assumed: {heads}; set --heads if the model has a different number")
     if image_size is None and side**2 != tokens:
         raise ValueError(
             f"its position embedding has {tokens} patch tokens, not a square number; a rectangular grid, or "
@@ -832,16 +833,13 @@ def _find_vit(tree, branch):
     heads, image_size = settings.get("heads"), settings.get("crop") or settings.get("image_size")
     if re.search("(momentum|base)_encoder", prefix) and len(state["encoder.patch_embed.proj.weight"]) == 384:
         heads = 12  # MoCo v3's ViT-S
-    sizes = _vit_sizes(state, notes, heads, image_size)
+    sizes = _vit_sizes(state, heads, image_size)
     # The student of a LOCA also has a predictor, its teacher a head, which names its prototypes.
     root = prefix.removesuffix("encoder.")
     if f"{root}predictor.norm_query.weight" in flat or f"{root}head.prototypes.weight" in flat:
         parts = (f"{root}predictor.", f"{root}head.")
         state |= {key.removeprefix(root): value for key, value in flat.items() if key.startswith(parts)}
-    return Weights(state, sizes, notes)
-
-
-DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "uint32", "bool")
+    return Weights(state, sizes, notes, heads_assumed=heads is None)
 
 
 def _find_published(path, branch):
@@ -852,8 +850,6 @@ def _find_published(path, branch):
         if code not in (1, 3):  # 1: an array, 3: a numpy scalar, both as (shape, dtype name, bytes)
             return None
         shape, dtype, buffer = msgpack.unpackb(payload)
-        if dtype not in DTYPES:
-            raise ValueError(f"unsupported array type {dtype}")
         dtype = getattr(torch, dtype)
         return (
             torch.frombuffer(bytearray(buffer), dtype=dtype).reshape(shape) if buffer else torch.empty(shape)
@@ -866,6 +862,6 @@ def _find_published(path, branch):
         flat = dict(_leaves(tree[name], "/"))
     except Exception as error:  # a damaged file can make msgpack or torch raise anything
         raise ValueError(f"it is not a published train state ({type(error).__name__}: {error})") from error
-    state, notes = published_to_state_dict(flat), [f"branch: {branch} ({name})"]
+    state = published_to_state_dict(flat)
     heads = flat["encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"].shape[1]  # in,heads,head width
-    return Weights(state, _vit_sizes(state, notes, heads), notes)
+    return Weights(state, _vit_sizes(state, heads), [f"branch: {branch} ({name})"])

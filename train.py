@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import loca
 
@@ -95,23 +94,17 @@ def to_8_bits(values):
 
 def read_image(path):
     """Decode any image file as upright RGB: uint8 [3, H, W]. Raises OSError or ValueError."""
-    with open(path, "rb") as file:
-        data = file.read()
     try:
-        image = Image.open(io.BytesIO(data))  # reads the header only, and refuses decompression bombs
+        image = Image.open(path)  # reads the header only, and refuses decompression bombs
     except UnidentifiedImageError as error:
-        if data[:4] in (b"II*\0", b"MM\0*"):
-            raise ValueError("a TIFF that Pillow cannot read, perhaps with more than 4 bands") from error
-        raise ValueError("not an image, or damaged") from error
+        raise ValueError("not an image, damaged, or a TIFF with more than 4 bands") from error
     with image:
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):  # torchvision decodes these faster
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_image(buffer, ImageReadMode.RGB, apply_exif_orientation=True)
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(SyntaxError):  # Pillow's answer to a garbled EXIF block
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = Image.fromarray(to_8_bits(image))
-        pixels = np.array(image.convert("RGBA" if "transparency" in image.info else "RGB"))[..., :3]
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        # Pillow warns when it converts a transparent palette directly to RGB.
+        return pil_to_tensor(image.convert("RGBA" if "transparency" in image.info else "RGB"))[:3]
 
 
 class Images:
@@ -296,9 +289,6 @@ class Views(Dataset):
     def __init__(self, source, args):
         self.source, self.args = source, args
 
-    def __len__(self):
-        return len(self.source)
-
     def __getitem__(self, key):
         args, rng = self.args, np.random.default_rng((self.args.seed, *key))
         # Decode once for all views, because decoding takes longer than cropping.
@@ -341,7 +331,6 @@ def read_batches(dataset, workers, device, **sampling):
         dataset,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
         multiprocessing_context="spawn" if workers else None,  # forking with running threads can hang
         **sampling,
     )
@@ -477,23 +466,22 @@ def augment(views, solarize=0.0, blur_probability=0.0):
 
 def to_views(batch, args, random_colors=True):
     """A collated batch of Views on the device -> the views of loca.LOCA.forward: colors and targets."""
-    reference, query, focal = batch["reference"], batch["query"], batch["focal"]
+    views = {name: batch[name] for name in ("reference", "query", "focal")}
     if random_colors:
-        blurred = {"reference": 1.0, "query": 0.1, "focal": 0.5} if args.blur else dict.fromkeys(batch, 0.0)
-        reference = augment(reference, blur_probability=blurred["reference"])
-        query = augment(query, solarize=0.2, blur_probability=blurred["query"])
+        p_reference, p_query, p_focal = (1.0, 0.1, 0.5) if args.blur else (0.0, 0.0, 0.0)
+        views["reference"] = augment(views["reference"], blur_probability=p_reference)
+        views["query"] = augment(views["query"], solarize=0.2, blur_probability=p_query)
         if args.focal:
-            focal = augment(focal.flatten(0, 1), blur_probability=blurred["focal"]).view_as(focal)
+            focal = views["focal"]  # B,F,3,s,s
+            views["focal"] = augment(focal.flatten(0, 1), blur_probability=p_focal).view_as(focal)
     else:
-        reference, query, focal = normalize(reference), normalize(query), normalize(focal)
+        views = {name: normalize(view) for name, view in views.items()}
     # The crop boxes determine where each query patch lies in the reference: the targets of the position loss.
-    boxes, flips, large, small = batch["boxes"], batch["flips"], args.image_size, args.focal_size
-    grid, focal_grid = large // args.patch_size, small // args.patch_size
-    targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], large, grid, grid)  # B,N
-    reference_box, focal_boxes = boxes[:, :1], boxes[:, 2:]  # B,1,4 and B,F,4
-    sizes = (small, focal_grid, grid)
-    focal_targets = loca.patch_targets(reference_box, focal_boxes, flips[:, 2:], *sizes)  # B,F,n
-    views = {"reference": reference, "query": query, "focal": focal}
+    boxes, flips = batch["boxes"], batch["flips"]  # reference, query, then the focal queries
+    side, grid = args.image_size, args.image_size // args.patch_size
+    targets = loca.patch_targets(boxes[:, 0], boxes[:, 1], flips[:, 1], side, grid, grid)  # B,N
+    side, small = args.focal_size, args.focal_size // args.patch_size
+    focal_targets = loca.patch_targets(boxes[:, :1], boxes[:, 2:], flips[:, 2:], side, small, grid)  # B,F,n
     return {**views, "query_targets": targets, "focal_targets": focal_targets}
 
 
@@ -524,10 +512,9 @@ def init_from(path, model, teacher):
             continue
         try:
             weights = loca.load_weights(path, branch)
-            notes = [note for note in weights.notes if "heads assumed" not in note]
-            if len(notes) == len(weights.notes) and weights.sizes["heads"] != model.encoder.heads:
+            if not weights.heads_assumed and weights.sizes["heads"] != model.encoder.heads:
                 raise ValueError(f"its encoder has {weights.sizes['heads']} heads, not {model.encoder.heads}")
-            notes.append(loca.load_encoder(module.get_submodule("encoder"), weights))
+            notes = [*weights.notes, loca.load_encoder(module.get_submodule("encoder"), weights)]
         except (OSError, ValueError, ImportError) as error:
             fail(f"--init {path}: {error}")
         own = {k: v for k, v in module.state_dict().items() if not k.startswith("encoder.")}
@@ -599,7 +586,7 @@ def init_distributed(name=None):
     """Join the processes that torchrun started, or run alone -> rank, number of processes, device. `name`:
     cuda, mps or cpu; the first one available if None."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         fail(
             "srun starts processes that do not know about each other; run torchrun in one task per node: "
             "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS "
@@ -743,10 +730,12 @@ class Log:
         write_file(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
         if tensorboard:
             try:
-                board = loca.import_optional("torch.utils.tensorboard")
-            except ImportError:
-                fail("--tensorboard needs a package: pip install tensorboard")
-            self.board = board.SummaryWriter(folder, purge_step=step + 1)
+                loca.import_optional("tensorboard")
+            except ImportError as error:
+                fail(f"--tensorboard: {error}")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder, purge_step=step + 1)
 
     def write(self, record):
         try:
@@ -822,7 +811,7 @@ def load_checkpoint(path, args, modules, world_size, device):
             say("the learning rate now follows the schedule of the new length")
         for name, module in modules.items():
             if module is not None:
-                module.load_state_dict(saved[name])
+                module.load_state_dict(saved.pop(name))  # frees the memory
         say(f"resuming from {path} at step {saved['step']}")
     step = float(saved["step"]) if saved else 0.0
     if sum_over_processes([step], device)[0] != step * world_size:
@@ -892,18 +881,8 @@ def warnings_of(record, done, total_steps, chances, prototypes):
         yield "collapse", "the features are nearly the same everywhere"
 
 
-def join(pictures, down=False, gap=6):
-    """Pictures in a row, or in a column if `down`, on white."""
-    ends = np.cumsum([(picture.height if down else picture.width) + gap for picture in pictures]).tolist()
-    across = max(picture.width if down else picture.height for picture in pictures)
-    sheet = Image.new("RGB", (across, ends[-1]) if down else (ends[-1], across), "white")
-    for picture, start in zip(pictures, [0, *ends]):
-        sheet.paste(picture, (0, start) if down else (start, 0))
-    return sheet
-
-
 def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
-    """One image as a puzzle, four pictures in a row: the reference with the query's outline, the query, and
+    """One image as a puzzle, a list of four pictures: the reference with the query's outline, the query, and
     its patches on the dimmed reference, where they belong and where the model puts them.
 
     reference, query: square pictures of one size. boxes: of both, in pixels of the image. flipped: whether
@@ -930,7 +909,7 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
                 place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
                 picture.paste(upright.crop(part), place)
         pictures.append(picture)
-    return join(pictures)
+    return pictures
 
 
 @torch.no_grad()
@@ -945,16 +924,19 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
     predicted = model.predictor(queries, context).argmax(-1)  # B,N
     both.train()
 
-    sheet = [Image.new("RGB", (4 * side, 18), "white")]
+    gap, header = 6, 18
+    sheet = Image.new("RGB", (4 * (side + gap), header + len(targets) * (side + gap)), "white")
     for k, title in enumerate(("reference (red: query)", "query", "true placement", "predicted placement")):
-        font, place = ImageFont.load_default(13), (k * (side + 6) + 2, 0)
-        ImageDraw.Draw(sheet[0]).text(place, title, fill="black", font=font)
+        place = (k * (side + gap) + 2, 0)
+        ImageDraw.Draw(sheet).text(place, title, fill="black", font=ImageFont.load_default(13))
     for i in range(len(targets)):
         crops = (batch[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
         pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in crops]
         boxes, flipped = batch["boxes"][i, :2].tolist(), bool(batch["flips"][i, 1])
-        sheet.append(draw_puzzle(*pictures, boxes, flipped, targets[i].tolist(), predicted[i].tolist()))
-    return join(sheet, down=True)
+        puzzle = draw_puzzle(*pictures, boxes, flipped, targets[i].tolist(), predicted[i].tolist())
+        for k, picture in enumerate(puzzle):
+            sheet.paste(picture, (k * (side + gap), header + i * (side + gap)))
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -989,12 +971,12 @@ def main(args, images=None):
         for line in init_from(args.init, model, teacher):
             say(f"--init {args.init}, {line}")
     groups = weight_decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.AdamW(groups, fused=True)
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
     saved = load_checkpoint(out / "last.pt", args, modules, world_size, device)
-    start_step, accuracy = (saved["step"], saved["best"]) if saved else (0, None)  # best: the latest accuracy
+    start_step, accuracy = (saved["step"], saved["accuracy"]) if saved else (0, None)
     if start_step >= total_steps:
         say("note: this run is finished, nothing is trained; give a new run another --out")
     if args.compile:
@@ -1024,8 +1006,9 @@ def main(args, images=None):
     warned, saved_at = set(), time.monotonic()
 
     # ---- loop ----
-    steps, place = (args.batch, args.seed, start_step, total_steps), (rank, world_size)
-    keys = step_keys(len(train_images), *steps, *place, args.accumulate)
+    keys = step_keys(
+        len(train_images), args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
+    )
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
     with contextlib.closing(batches), catch_signals() as stop:
         for step in range(start_step, total_steps):
@@ -1074,7 +1057,7 @@ def main(args, images=None):
             )
             if evaluate_now and len(val_images) >= world_size and not (stopping and done < total_steps):
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
-                    record |= evaluate(model, teacher, val_images, args, *place, device)
+                    record |= evaluate(model, teacher, val_images, args, rank, world_size, device)
                 accuracy = record["val_position_accuracy"]
                 say(
                     f"held out: position accuracy {accuracy:.2%} (chance {1 / model.positions:.2%}), "
@@ -1092,26 +1075,30 @@ def main(args, images=None):
             if rank == 0:
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
                 if keep_now:
-                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, best=accuracy)
+                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, accuracy=accuracy)
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
-                    save_checkpoint(out / "last.pt", args, done, modules, best=accuracy)
+                    save_checkpoint(out / "last.pt", args, done, modules, accuracy=accuracy)
                     encoder = (teacher or model).encoder.state_dict()
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
                 say(f"asked to stop: saved at step {done}; the same command resumes from there")
+                # Wait for the first process, which saves: torchrun would end it when another one exits.
+                sum_over_processes([0.0], device)
                 end_processes()
                 sys.exit(EXIT_STOPPED)
 
     # ---- end ----
     end_processes()
+    files = "last.pt, encoder.pt (timm's names), metrics.jsonl, settings.json"
     if rank == 0 and len(val_images) and not args.single_image:
+        files += ", predictions.png"
         with torch.compiler.set_stance("force_eager"):
             picture = draw_predictions(model, teacher, val_images, args, device)
         write_file(out / "predictions.png", lambda file: picture.save(file, "PNG"))
     if accuracy is not None:
         say(f"held-out position accuracy {accuracy:.2%}, {accuracy * model.positions:.1f} times chance")
-    say(f"{out}: last.pt, encoder.pt (timm's names), predictions.png, metrics.jsonl, settings.json")
+    say(f"{out}: {files}")
     flags = f" --data NAME:DIR --init {out}/last.pt" if args.data else f" --init {out}/last.pt"
     say(f"next: python finetune_seg.py{flags}{' --small' if args.small else ''}")
 
@@ -1151,9 +1138,10 @@ def number(kind, valid, rule):
     return parse
 
 
-count, count_or_0 = number(int, lambda n: n > 0, "positive"), number(int, lambda n: n >= 0, "0 or more")
-positive = number(float, lambda x: 0 < x < math.inf, "positive")
-positive_or_0 = number(float, lambda x: 0 <= x < math.inf, "0 or more")
+positive_int = number(int, lambda n: n > 0, "positive")
+int_or_0 = number(int, lambda n: n >= 0, "0 or more")
+positive_float = number(float, lambda x: 0 < x < math.inf, "positive")
+float_or_0 = number(float, lambda x: 0 <= x < math.inf, "0 or more")
 share = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 share_or_0 = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
@@ -1164,10 +1152,10 @@ def add_run_flags(parser):
     g = parser.add_argument_group("run")
     g.add_argument("--device", help="cuda, mps or cpu; default: the first one available")
     g.add_argument("--precision", choices=["bf16", "float32"], help="default: bf16 where it is fast")
-    g.add_argument("--workers", type=count_or_0, help="loader processes per device; default: its share of the cores, at most 12")
-    g.add_argument("--log-every", type=count, default=20, help="steps between log lines; a multi-process run can be stopped only at a log line")
-    g.add_argument("--save-minutes", type=positive_or_0, default=10.0, help="minutes between checkpoints")
-    g.add_argument("--seed", type=count_or_0, default=0, help="seed of everything random")
+    g.add_argument("--workers", type=int_or_0, help="loader processes per device; default: its share of the cores, at most 12")
+    g.add_argument("--log-every", type=positive_int, default=20, help="steps between log lines; a multi-process run can be stopped only at a log line")
+    g.add_argument("--save-minutes", type=float_or_0, default=10.0, help="minutes between checkpoints")
+    g.add_argument("--seed", type=int_or_0, default=0, help="seed of everything random")
     # fmt: on
     return g
 
@@ -1180,53 +1168,53 @@ def make_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder of images, at any depth; default: drawn scenes and a tiny model")
     g.add_argument("--val", metavar="DIR", help="folder of held-out images; default: part of --data")
-    g.add_argument("--val-images", type=count_or_0, default=500, help="maximum number of held-out images; without --val, also at most a tenth of --data")
-    g.add_argument("--val-every", type=count, default=1, metavar="E", help="epochs between held-out evaluations; raise it for few images")
-    g.add_argument("--scenes", type=count, default=1280, help="number of drawn scenes to train on, without --data")
+    g.add_argument("--val-images", type=int_or_0, default=500, help="maximum number of held-out images; without --val, also at most a tenth of --data")
+    g.add_argument("--val-every", type=positive_int, default=1, metavar="E", help="epochs between held-out evaluations; raise it for few images")
+    g.add_argument("--scenes", type=positive_int, default=1280, help="number of drawn scenes to train on, without --data")
     g.add_argument("--small", **yes_no, help="a preset for hundreds of images and a CPU: small model, views and batch; half an hour on two cores")
     g = parser.add_argument_group("views")
-    g.add_argument("--image-size", type=count, default=224, help="side of the reference and the random query, pixels")
-    g.add_argument("--focal-size", type=count, default=96, help="side of the focal queries, pixels")
-    g.add_argument("--focal", type=count_or_0, default=9, help="focal queries per image; fewer is faster")
-    g.add_argument("--query-tokens", type=count, help="tokens of the random query that are encoded; default: 5/14 of them")
+    g.add_argument("--image-size", type=positive_int, default=224, help="side of the reference and the random query, pixels")
+    g.add_argument("--focal-size", type=positive_int, default=96, help="side of the focal queries, pixels")
+    g.add_argument("--focal", type=int_or_0, default=9, help="focal queries per image; fewer is faster")
+    g.add_argument("--query-tokens", type=positive_int, help="tokens of the random query that are encoded; default: 5/14 of them")
     g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="smallest and largest share of the image area that the reference and the random query cover")
     g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="smallest and largest share of the image area that a focal query covers")
     g.add_argument("--blur", **yes_no, help="blur views as the paper intends; the released code never blurs")
     g = parser.add_argument_group("method")
     g.add_argument("--init", metavar="FILE", help="initial weights: published (flax), from an earlier run, or from any ViT")
     g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
-    g.add_argument("--patch-size", type=count, help="side of a patch, pixels; smaller for small images")
-    g.add_argument("--dim", type=count, help="width")
-    g.add_argument("--depth", type=count, help="number of blocks")
-    g.add_argument("--heads", type=count, help="attention heads")
-    g.add_argument("--mlp-dim", type=count, help="hidden width of a block's MLP")
-    g.add_argument("--position-std", type=positive, help="standard deviation of the initial position embedding; default: width ** -0.5; 1 learns positions sooner")
+    g.add_argument("--patch-size", type=positive_int, help="side of a patch, pixels; smaller for small images")
+    g.add_argument("--dim", type=positive_int, help="width")
+    g.add_argument("--depth", type=positive_int, help="number of blocks")
+    g.add_argument("--heads", type=positive_int, help="attention heads")
+    g.add_argument("--mlp-dim", type=positive_int, help="hidden width of a block's MLP")
+    g.add_argument("--position-std", type=positive_float, help="standard deviation of the initial position embedding; default: width ** -0.5; 1 learns positions sooner")
     g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth rate of the last block")
-    g.add_argument("--prototypes", type=count_or_0, default=4096, help="clusters of the feature loss; fewer for small data")
-    g.add_argument("--head-hidden", type=count, default=2048, help="hidden width of the projection head")
-    g.add_argument("--bottleneck", type=count, default=256, help="width of the features that are compared with prototypes")
+    g.add_argument("--prototypes", type=int_or_0, default=4096, help="clusters of the feature loss; fewer for small data")
+    g.add_argument("--head-hidden", type=positive_int, default=2048, help="hidden width of the projection head")
+    g.add_argument("--bottleneck", type=positive_int, default=256, help="width of the features that are compared with prototypes")
     g.add_argument("--masking-ratio", type=share_or_0, default=0.8, help="eta, the share of reference tokens that are hidden from the queries")
     g.add_argument("--masking", default="consecutive", choices=list(loca.MASKING), help="which reference tokens stay visible")
-    g.add_argument("--student-temperature", type=positive, default=0.1, help="temperature of the student's cluster prediction")
-    g.add_argument("--teacher-temperature", type=positive, default=0.05, help="temperature of the targets; raise it if they collapse")
-    g.add_argument("--position-weight", type=positive_or_0, default=1.0, help="weight of the position loss; 0: feature loss alone")
-    g.add_argument("--feature-weight", type=positive_or_0, default=1.0, help="weight of the feature loss; 0: position loss alone, no teacher")
+    g.add_argument("--student-temperature", type=positive_float, default=0.1, help="temperature of the student's cluster prediction")
+    g.add_argument("--teacher-temperature", type=positive_float, default=0.05, help="temperature of the targets; raise it if they collapse")
+    g.add_argument("--position-weight", type=float_or_0, default=1.0, help="weight of the position loss; 0: feature loss alone")
+    g.add_argument("--feature-weight", type=float_or_0, default=1.0, help="weight of the feature loss; 0: position loss alone, no teacher")
     g.add_argument("--single-image", **yes_no, help="for comparison: no reference, a view predicts its own positions")
     g = parser.add_argument_group("training")
-    g.add_argument("--epochs", type=count, default=100, help="passes over the images")
-    g.add_argument("--steps", type=count, help="optimizer steps, instead of --epochs")
-    g.add_argument("--batch", type=count, default=1024, help="images per step, over all devices and micro-batches")
-    g.add_argument("--accumulate", type=count, default=1, help="micro-batches per step, to save memory; Sinkhorn sees one at a time")
-    g.add_argument("--lr", type=positive, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024")
-    g.add_argument("--warmup-epochs", type=positive_or_0, default=15.0, help="epochs of linear warm-up, at most half the run")
-    g.add_argument("--weight-decay", type=positive_or_0, default=0.1, help="weight decay of AdamW, for matrices only")
-    g.add_argument("--clip", type=positive_or_0, default=1.0, help="maximum gradient norm; 0: no clipping")
+    g.add_argument("--epochs", type=positive_int, default=100, help="passes over the images")
+    g.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
+    g.add_argument("--batch", type=positive_int, default=1024, help="images per step, over all devices and micro-batches")
+    g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory; Sinkhorn sees one at a time")
+    g.add_argument("--lr", type=positive_float, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024")
+    g.add_argument("--warmup-epochs", type=float_or_0, default=15.0, help="epochs of linear warm-up, at most half the run")
+    g.add_argument("--weight-decay", type=float_or_0, default=0.1, help="weight decay of AdamW, for matrices only")
+    g.add_argument("--clip", type=float_or_0, default=1.0, help="maximum gradient norm; 0: no clipping")
     g.add_argument("--momentum", type=share_or_0, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
     g = add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run found there is resumed")
     g.add_argument("--compile", **yes_no, help="torch.compile the blocks, the predictor and the feature loss: slow start, faster on GPUs")
-    g.add_argument("--grad-checkpoint", type=count_or_0, nargs="?", default=0, const=1000, metavar="N", help="recompute the first N blocks, or all of them, in the backward pass: less memory, slower")
-    g.add_argument("--keep", type=count_or_0, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: only the last one")
+    g.add_argument("--grad-checkpoint", type=int_or_0, nargs="?", default=0, const=1000, metavar="N", help="recompute the first N blocks, or all of them, in the backward pass: less memory, slower")
+    g.add_argument("--keep", type=int_or_0, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: only the last one")
     g.add_argument("--tensorboard", **yes_no, help="also write a TensorBoard log (pip install tensorboard)")
     # fmt: on
     return parser
@@ -1237,8 +1225,8 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def check_batch(args, parser):
-    """Check that the batch can be divided among processes and micro-batches; settle the number of workers."""
+def settle_batch(args, parser):
+    """Check that the batch can be divided among processes and micro-batches, and choose --workers."""
     shares = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
     if args.batch % shares:
         near, shares = max(1, round(args.batch / shares)) * shares, f"{shares} (processes x --accumulate)"
@@ -1251,10 +1239,9 @@ def check_batch(args, parser):
 def parse_args(arguments=None):
     """The command line -> settings, checked before any data is read. Any preset value can be overridden."""
     parser = make_parser()
-    parser.set_defaults(epochs=None)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(arguments, argparse.Namespace(epochs=None))  # None unless --epochs is given
     preset = SMALL_PRESET if given.small else SCENES_PRESET if given.data is None else {}
-    preset = {"epochs": 100, **loca.SIZES["B/16"], **preset}
+    preset = {**loca.SIZES["B/16"], **preset}
     if given.init:  # its sizes are the defaults
         try:
             sizes = loca.load_weights(given.init).sizes
@@ -1265,7 +1252,7 @@ def parse_args(arguments=None):
     if given.epochs:  # it overrides the steps of a preset
         parser.set_defaults(steps=None)
     args = parser.parse_args(arguments)
-    check_batch(args, parser)
+    settle_batch(args, parser)
     for name in ("image_size", "focal_size"):
         size, patch = getattr(args, name), args.patch_size
         if size % patch:

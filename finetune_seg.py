@@ -249,35 +249,44 @@ def find_files(root, patterns):
 
 def search_layouts(name, folder, split):
     """(pairs, whether the layout has parts) of the first complete layout; pairs is None if no layout is
-    found. Exits with an error if files are missing from every layout that is found."""
-    data, problem = DATASETS[name], None
+    found. Exits with an error if files are missing from a list of names, or from all layouts of a folder."""
+    data = DATASETS[name]
     part = dict(zip(("train", "val", "test"), data.splits))[split]
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    for root, layout in itertools.product(["", *data.roots, *subfolders], data.layouts):
-        images, masks, listing, offset = (*layout, None, None)[:4]  # the last two are optional
-        root = Path(folder, root)
-        image_files, mask_files = (find_files(root, x.format(split=part)) for x in (images, masks))
-        names_file = root / listing.format(split=part) if listing else None
-        if not image_files or not mask_files or (names_file and not names_file.exists()):
-            continue
-        if offset and split == "train":
-            mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
-        wanted = sorted(image_files)
-        if names_file:  # names, or paths of images, one per line
-            lines = filter(None, map(str.strip, names_file.read_text().splitlines()))
-            wanted = sorted({(x if (x,) in image_files else Path(x.split()[0]).stem,) for x in lines})
-        missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in image_files]
-        missing += [f"{'/'.join(key)!r} has no mask" for key in wanted if key not in mask_files]
-        if wanted and not missing:
-            pairs = [(image_files[key], mask_files[key]) for key in wanted]
-            return pairs, "{split}" in images + (listing or "")
-        if missing and problem is None:
+    layouts = [(*layout, None, None)[:4] for layout in data.layouts]  # the last two entries are optional
+    for root in (Path(folder, place) for place in ("", *data.roots, *subfolders)):
+        lists = {
+            images: [root / text.format(split=x) for x in data.splits]
+            for images, _, text, _ in layouts
+            if text
+        }
+        problem = None
+        for images, masks, listing, offset in layouts:
+            names_file = root / listing.format(split=part) if listing else None
+            if names_file and not names_file.exists():
+                continue
+            if not listing and any(path.exists() for path in lists.get(images, ())):
+                continue  # the lists decide which images belong to a split
+            image_files, mask_files = (find_files(root, x.format(split=part)) for x in (images, masks))
+            if not image_files or not mask_files:
+                continue
+            if offset and split == "train":
+                mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
+            wanted = sorted(image_files)
+            if names_file:  # names, or paths of images, one per line
+                lines = filter(None, map(str.strip, names_file.read_text().splitlines()))
+                wanted = sorted({(x if (x,) in image_files else Path(x.split()[0]).stem,) for x in lines})
+            missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in image_files]
+            missing += [f"{'/'.join(key)!r} has no mask" for key in wanted if key not in mask_files]
+            if wanted and not missing:
+                pairs = [(image_files[key], mask_files[key]) for key in wanted]
+                return pairs, "{split}" in images + (listing or "")
             shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
-            problem = f"{len(missing)} files of the {split} split are missing: {shown}"
-            if name == "folder" and listing:  # a layout without lists would mix the splits
+            problem = problem or f"files of the {split} split are missing, {len(missing)} in all: {shown}"
+            if names_file:
                 break
-    if problem:
-        fail(f"--data {name}:{folder}: {problem}; add the missing files or remove these entries")
+        if problem:
+            fail(f"--data {name}:{folder}: {problem}; add the missing files or remove these entries")
     return None, True
 
 
@@ -304,17 +313,30 @@ def read_class_list(folder):
     """Classes of a folder from classes.txt ('name' or 'name R G B' per line, 'ignore' for ignored pixels) or
     CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors, or None."""
     color, entries = r"(\d+)\D+(\d+)\D+(\d+)", []  # entries: name, and RGB color or None
-    patterns = {"classes.txt": rf"(.*?)(?:\s+{color})?\s*", "labelmap.txt": rf"([^#]*?):{color}:.*"}
+    patterns = {"classes.txt": rf"(.*?)(?:\s+{color})?\s*", "labelmap.txt": rf"(.*?):{color}:.*"}
     for file, pattern in patterns.items():
-        if not entries and Path(folder, file).exists():
-            lines = Path(folder, file).read_text().splitlines()
-            matches = [re.fullmatch(pattern, line) for line in lines if line.strip()]
-            entries = [(m[1], m[2] and tuple(map(int, m.groups()[1:]))) for m in matches if m]
+        path = Path(folder, file)
+        if not entries and path.exists():
+            try:
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                fail(f"{path}: {error}; it must be a text file in UTF-8")
+            lines = [line for line in lines if line.strip() and line[0] != "#"]
+            matches = filter(None, (re.fullmatch(pattern, line) for line in lines))
+            entries = [(m[1], m[2] and tuple(map(int, m.groups()[1:]))) for m in matches]
     if not entries:
         return None
-    names = [name for name, _ in entries if name != "ignore"]
-    if len(names) < 2:
-        fail(f"{folder}: its class list has fewer than two classes: {', '.join(names)}")
+    entries = [("ignore" if name.lower() == "ignore" else name, color) for name, color in entries]
+    names, used = [name for name, _ in entries if name != "ignore"], [c for _, c in entries if c]
+    problems = {
+        "fewer than two classes": len(names) < 2,
+        f"over {ILLEGAL - 1} classes": len(names) >= ILLEGAL,
+        "a class or a color twice": len(set(names)) < len(names) or len(set(used)) < len(used),
+        "a color above 255": any(max(c) > 255 for c in used),
+    }
+    for problem, found in problems.items():
+        if found:
+            fail(f"{folder}: its class list has {problem}: {', '.join(names[:20])}")
     values, colors, palette = {}, {}, list(voc_palette(len(names)))
     # A mask of one channel holds gray values if all colors of the list are gray, and line numbers otherwise.
     gray = all(color and len(set(color)) == 1 for _, color in entries)
@@ -361,7 +383,8 @@ class Labeled:
             raw = np.asarray(mask.convert("RGB") if colored else mask)
         if colored and not self.data.colors:
             raise ValueError(
-                "it holds RGB colors, not class indices; for folder:DIR, list the colors in classes.txt"
+                "it holds RGB colors, not class indices; for folder:DIR, list the colors in classes.txt, "
+                "one line NAME R G B per class"
             )
         if colored:
             raw = (raw >= 128) * np.uint8(255) if self.data.painted else raw
@@ -447,7 +470,7 @@ def check_masks(parts, rank, world_size, device):
 
 def open_data(args, splits, rank, world_size, device, classes=None):
     """The given splits of --data with their masks checked, the class names, and the palette. classes: the
-    class names in a checkpoint; the data set must have the same number of classes."""
+    class names in a checkpoint; the data set must have the same."""
     name, folder = args.name, args.folder
     if name == "scenes":
         seeds = {"train": range(args.scenes), "val": range(10**6, 10**6 + VAL_SCENES)}
@@ -457,6 +480,10 @@ def open_data(args, splits, rank, world_size, device, classes=None):
     names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
     if classes and len(names) != len(classes):
         fail(f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}")
+    if classes and names != list(classes):
+        fail(
+            f"the checkpoint has the classes {', '.join(classes)}, in this order, but {name} {', '.join(names)}"
+        )
     start, parts = time.perf_counter(), []
     for split in splits:
         pairs = find_pairs(name, folder, split)
@@ -644,7 +671,7 @@ class TimmEncoder(nn.Module):
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
         self.model = timm.create_model(name, num_classes=0, **sizes, **from_timm)
         self.model.reset_classifier(0, global_pool="")  # attention pooling would be trained, but never used
-        self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.patch_size[0]
+        self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.feat_ratio()
         # Models differ in how they normalize pixels: convert this project's normalization to the model's.
         config = self.model.pretrained_cfg
         statistics = (train.MEAN, train.STD, config.get("mean", train.MEAN), config.get("std", train.STD))
@@ -681,9 +708,12 @@ def choose_encoder(args):
     source = args.encoder or (last if last.exists() else f"--init {args.init}")
     try:
         if args.encoder:
+            timm = loca.import_optional("timm")
             with torch.device("meta"):  # only for its sizes
-                model = loca.import_optional("timm").create_model(args.encoder.removeprefix("timm:"))
-            sizes = {"patch_size": model.patch_embed.patch_size[0], "dim": model.embed_dim}
+                model = timm.create_model(args.encoder.removeprefix("timm:"))
+            if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
+                raise ValueError("it must be one of timm's VisionTransformer or Eva models")
+            sizes = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
         elif last.exists():  # its weights replace those of --init
             saved = loca.read_torch_file(last)["settings"]
             sizes = {key: saved[key] for key in keys}
@@ -692,6 +722,8 @@ def choose_encoder(args):
             sizes = weights.sizes
             for note in weights.notes:
                 say(f"--init {args.init}: {note}")
+            if not weights.heads_assumed and given.get("heads", sizes["heads"]) != sizes["heads"]:
+                raise ValueError(f"its encoder has {sizes['heads']} heads, not {given['heads']}")
             if weights.heads_assumed and "heads" not in given:
                 say(f"--init {args.init}: heads assumed: {sizes['heads']}; set --heads to change it")
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -971,7 +1003,7 @@ def load_segmenter(args, content, device):
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:  # it lists every tensor that does not fit
-        fail(f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop and model sizes")
+        fail(f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop")
     return model.to(device).eval()
 
 
@@ -1004,10 +1036,18 @@ def predict(args, content):
     source = Path(args.predict)
     root, names = source.parent, [Path(source.name)]
     if source.is_dir():
-        root, names = source, [Path(os.fsdecode(name)) for name in train.find_images(source, "--predict")]
+        found = train.find_images(source, "--predict", skip=args.out)
+        root, names = source, [Path(os.fsdecode(name)) for name in found]
     # Photos with the same name in two formats keep their extensions in the names of the results.
-    stems, failed = Counter(name.with_suffix("") for name in names), 0
+    stems, failed, results = Counter(name.with_suffix("") for name in names), 0, {}
     for name in names[rank::world_size]:
+        stem = name.with_suffix("")
+        results[name] = Path(args.out, stem if stems[stem] == 1 else name)
+    for result in results.values():
+        for path in (f"{result}_{kind}.png" for kind in ("mask", "labels", "overlay")):
+            if os.path.exists(path):
+                fail(f"--out {args.out}: there is already a {path}; give another --out")
+    for name, result in results.items():
         try:
             image = train.read_image(root / name)
         except Exception as error:  # a damaged file can make a decoder raise anything
@@ -1018,12 +1058,10 @@ def predict(args, content):
         mask = paint(labels, palette)
         overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask, 0.55)
         overlay = add_legend(overlay, labels, classes, palette)
-        stem = name.with_suffix("")
-        result = Path(args.out, stem if stems[stem] == 1 else name)
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
         print(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
-    if failed and failed == len(names[rank::world_size]):
+    if failed and failed == len(results):
         fail(f"--predict {source}: none of the images could be read")
 
 
@@ -1050,7 +1088,7 @@ def main(args):
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
     names = "/".join(Path(image).name for image, _ in images.pairs) if args.folder else "scenes"
-    args.images = f"{len(images)} images, names {hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    args.images = f"{len(images)} images, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:8]}"
     args.classes = len(classes)
     epoch_images = whole if args.schedule_in == "steps" else len(images)
     total_steps = args.steps or max(1, round(args.epochs * epoch_images / args.batch))
@@ -1062,13 +1100,14 @@ def main(args):
     if args.init == "timm":
         from_timm = {"pretrained": True}
     elif args.init != "none":
-        from_timm = {"checkpoint_path": args.init}
+        from_timm = {"pretrained": True, "pretrained_cfg_overlay": {"file": args.init}}
     try:
         model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else from_timm))
         if weights is not None:
             say(f"--init {args.init}: {loca.load_encoder(model.encoder, weights)}")
     except (ValueError, ImportError, RuntimeError, OSError) as error:
-        fail(f"{args.encoder or f'--init {args.init}'}: {error}")
+        reason = " ".join(str(error).split())[:300]  # PyTorch's name every tensor
+        fail(f"{f'--encoder {args.encoder} ' if args.encoder else ''}--init {args.init}: {reason}")
     model.to(device).train()
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     if args.optimizer == "sgd":  # as in Segmenter
@@ -1187,7 +1226,7 @@ SMALL_PRESET = {  # goes with train.py --small
 }  # fmt: skip
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
 NOT_FROM_CHECKPOINT = (  # --eval-only and --predict take the other settings from it
-    "base_size", "window", "stride", "out", "device", "precision", "workers", "eval_only", "predict",
+    "data", "base_size", "window", "stride", "out", "device", "precision", "workers", "eval_only", "predict",
     "checkpoint", "split", "multi_scale", "window_batch",
 )  # fmt: skip
 number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
@@ -1211,7 +1250,8 @@ def fraction(text):
 
 def make_parser():
     """The command line; None as a default means the value of the data set, the weights or the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=train.Help)
+    usage = "%(prog)s [flags]   (--help lists them)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=train.Help)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
@@ -1294,6 +1334,10 @@ def parse_args(arguments=None):
     name, _, folder = (given.data or "scenes:").partition(":")
     preset, content = choose_preset(given, name), None
     usual = {"window": [preset.pop("crop")] * 2, "stride": [preset.pop("stride")] * 2}
+    if given.checkpoint and not (given.eval_only or given.predict):
+        parser.error("--checkpoint is for --eval-only and --predict; --init takes initial weights")
+    if given.classes and name != "folder":
+        parser.error("--classes is for --data folder:DIR")
     if given.eval_only or given.predict:
         path = given.checkpoint or (given.eval_only and Path(given.out or preset["out"], "best.pt"))
         if not path or not os.path.isfile(path):
@@ -1302,6 +1346,13 @@ def parse_args(arguments=None):
         saved = content["settings"]
         if given.data is None:
             name, folder = saved["name"], saved["folder"]
+        if given.eval_only and folder and not os.path.isdir(folder):
+            parser.error(
+                f"there is no folder {folder}, which held the data of the checkpoint; give --data NAME:DIR"
+            )
+        for key in ("model", *SIZE_KEYS):
+            if getattr(given, key) not in (None, saved[key]):
+                parser.error(f"{train.flag(key)}: the checkpoint decides the sizes of the model")
         if name == saved["name"]:  # otherwise the other data set's sizes count
             usual = {key: saved[key] for key in usual}
             preset |= {"base_size": saved["base_size"], "window": None if given.crop else saved["window"]}

@@ -14,6 +14,7 @@ import copy
 import importlib
 import math
 import re
+import warnings
 from collections import OrderedDict
 
 import torch
@@ -646,9 +647,14 @@ def load_weights(path, branch="student"):
 
 def load_vit(path, branch="teacher", **changes):
     """The ViT stored in a file, with its own sizes, in evaluation mode. path, branch and errors as in
-    load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path."""
+    load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path. Warns if it has to assume
+    the number of heads."""
     weights = load_weights(path, branch)
     encoder = ViT(**{**weights.sizes, **changes})
+    if weights.heads_assumed and "heads" not in changes:
+        warnings.warn(
+            f"{path} does not state the number of heads; {encoder.heads} assumed: pass heads=N to change it"
+        )
     load_encoder(encoder, weights)
     return encoder.eval()
 
@@ -861,7 +867,8 @@ def _find_published(path, branch):
             tree = msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
         flat = dict(_leaves(tree[name], "/"))
     except Exception as error:  # a damaged file can make msgpack or torch raise anything
-        raise ValueError(f"it is not a published train state ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"it is no PyTorch, safetensors or published flax file ({reason})") from error
     state = published_to_state_dict(flat)
     heads = flat["encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"].shape[1]  # in,heads,head width
     return Weights(state, _vit_sizes(state, heads), [f"branch: {branch} ({name})"])

@@ -597,7 +597,7 @@ UNREADABLE = [
     (nn.Linear(2, 2), "class torch.nn.modules.linear.Linear"), ([FEW], ""), ({"weights": FEW}, "patch_embed"),
     ({"patch_embed.proj.weight": torch.ones(8, 3, 4, 4)}, "missing"),
     (foreign_vit().state_dict() | {"pos_embed": torch.ones(1, 1 + 16 + 4, 24)}, "20 .*register"),
-    (b"", "train state"), (b"no weights", "train state"), (b"\x81\xa6params" + b"\x81\xa1a" * 4000, "state"),
+    (b"", "flax file"), (b"no weights", "flax file"), (b"\x81\xa6params" + b"\x81\xa1a" * 4000, "flax file"),
     (b"PK\x03\x04" + bytes(40), "damaged"), (b"\x80\x02" + bytes(40), "damaged"),
     (b"\x40" + bytes(7) + b'{"norm.weight"', ""),
 ]  # fmt: skip
@@ -651,6 +651,8 @@ def test_heads_that_the_file_does_not_tell_are_assumed(dim, layout, heads, tmp_p
     weights = loca.load_weights(tmp_path / "vit.pth", "teacher")
     assert weights.sizes["heads"] == heads
     assert weights.heads_assumed == (layout in ("timm", "I-JEPA"))
+    with pytest.warns(match=f"{heads} assumed") if weights.heads_assumed else contextlib.nullcontext():
+        loca.load_vit(tmp_path / "vit.pth")
 
 
 @pytest.mark.parametrize("dim, depth, change, named", MISFITS)
@@ -943,6 +945,7 @@ def test_list_of_images(photos, tmp_path):
     found = train.find_images(tmp_path)
     linked = ["linked/cmyk.jpg", "linked/deep er/new\nline ü.bmp", "linked/gray.jpeg", "linked/photo.JPG"]
     assert list(found) == [b"broken.png", *map(os.fsencode, linked), b"\xff\xfe.png"]
+    assert list(train.find_images(tmp_path, skip=photos / "a")) == [b"broken.png", b"\xff\xfe.png"]
     images = train.Images(str(tmp_path), found)
     for i in (0, 5):  # instead of the broken link, another one is read
         assert train.read_or_next(images, i, images.image)[0].shape == (3, 40, 60)
@@ -1196,7 +1199,8 @@ IMPOSSIBLE = [  # one or two of each kind
     (finetune_seg, "--heads 3", "3 heads"), (finetune_seg, "--init no/file.pt", "no such file"),
     (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"),
     (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--classes 1", "--classes"),
-    (finetune_seg, "--encoder vit", "timm:NAME"),
+    (finetune_seg, "--encoder vit", "timm:NAME"), (finetune_seg, "--classes 3", "--data folder:DIR"),
+    (finetune_seg, "--checkpoint best.pt", "--init"), (train, "--val .", "--val needs --data"),
 ]  # fmt: skip
 
 
@@ -1387,6 +1391,17 @@ def test_unreadable_images_are_replaced_and_named_once(tmp_path, capfd):
     for workers in (0, 1):  # a worker process has no other words for it
         said = fails(train, f"{flags}/none --workers {workers}")
         assert said.startswith("error: 24 images in a row cannot be read; the first is") and ".png: " in said
+
+
+def test_own_images_and_full_shared_memory(monkeypatch):
+    args, images = train.parse_args([]), train.Scenes(2)
+    images.image = lambda i: torch.zeros(3, 20, 20)
+    with pytest.raises(TypeError, match=r"scene 1: image\(i\) must return a uint8 tensor \[3, H, W\]"):
+        train.Views(images, args)[0, 1]
+    full = mock.Mock(side_effect=RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"))
+    monkeypatch.setattr(train.Views, "__getitem__", lambda *_: full())
+    batches = train.read_batches(train.Views(images, args), 0, CPU, batch_sampler=[[(0, 0)]])
+    assert "/dev/shm: use --workers 0" in fails_to(next, batches)
 
 
 def test_damaged_images_never_break_a_view(photos, tmp_path):
@@ -1936,6 +1951,7 @@ LAYOUTS = [  # data set, image, mask, a text file and its content, classes of th
     ("folder", "images/{1}/painted.jpg", "masks/{1}/painted.png", "", "", INDICES),
     ("folder", "JPEGImages/{1}.jpg", "SegmentationClass/{1}.png", "ImageSets/Segmentation/{1}.txt", "{1}", INDICES),
     ("folder", "JPEGImages/b c.v{1}.jpg", "SegmentationClass/b c.v{1}.png", "ImageSets/Segmentation/{1}.txt", "b c.v{1}", INDICES),
+    ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "\ufeffIgnore\n# not a class\ncat\ndog\n", {0: None, 1: "cat", 2: "dog"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat\nbig dog\n", {0: "cat", 1: "big dog", 255: None}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat\nignore\nbig dog\n", {0: "cat", 1: None, 2: "big dog"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat 255 0 0\nbig dog 0 0 255\nignore 0 0 0", {"ff0000": "cat", "0000ff": "big dog", "000000": None}),
@@ -1969,6 +1985,10 @@ FAULTS = [  # files that are written or removed, what is said about them; --clas
     ("masks/train/*.png", columns([0, 10, 200], 20, 28), "0, 10, 200.*gaps|gaps.* 0, 10, 200", None),
     ("masks/train/*.png", columns([0, 1] * 7 + [255], 20, 28), "255, .* 50%", None),
     ("classes.txt", b"cat\nignore\n", "fewer than two", None),
+    ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "a color above 255", None),
+    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "a color twice", None),
+    ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
+    ("classes.txt", b"\n".join(b"%d" % k for k in range(254)), "over 253 classes", None),
     ("masks/train/*.png", None, "no train images with masks; looked for", None),
 ]
 # fmt: on
@@ -1995,6 +2015,23 @@ def test_layouts(name, image, mask, text, content, meaning, tmp_path):
         expected = [255 if label is None else classes.index(label) for label in meaning.values()]
         assert labels[0, : len(expected)].tolist() == expected
         assert "cat 255" not in content or palette == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_layout_is_never_completed_from_another_one(tmp_path):
+    """A missing list means that the other list is divided; a missing mask is not found in a subfolder."""
+    for i in range(12):
+        save(tmp_path / f"JPEGImages/{i:02}.png", picture())
+        save(tmp_path / f"SegmentationClass/{i:02}.png", columns((0, 1)))
+    save(tmp_path / "ImageSets/Segmentation/train.txt", b"".join(b"%02d\n" % i for i in range(5)))
+    names = [
+        [Path(image).stem for image, _ in open_part("folder", tmp_path, split)[0].pairs]
+        for split in ("train", "val")
+    ]
+    assert names == [["00", "01", "02", "03"], ["04"]]
+    shutil.copytree(tmp_path, tmp_path.with_name("with_old") / "old")
+    small_folder(tmp_path.with_name("with_old"))
+    (tmp_path.with_name("with_old") / "masks/train/0.png").unlink()
+    assert "'0' has no mask" in fails_to(open_part, "folder", tmp_path.with_name("with_old"))
 
 
 def test_voc_with_the_masks_of_sbd(tmp_path):
@@ -2190,7 +2227,9 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     save(tmp_path / "in/side.jpg", picture(30, 20), exif=SIDEWAYS)
     save(tmp_path / "in/deep.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 109)
     save(tmp_path / "in/broken.png", b"nothing")
-    shutil.copy(seg / "run/best.pt", tmp_path / "alone.pt")
+    content = saved(seg / "run", "best.pt")
+    content["settings"] |= {"data": "folder:/nowhere", "folder": "/nowhere"}
+    torch.save(content, tmp_path / "alone.pt")
     flags = f"--checkpoint {tmp_path}/alone.pt --out {tmp_path}/out --device cpu --precision float32"
     run(finetune_seg, f"{flags} --predict {tmp_path}/in")
     assert re.search(r"cannot read \S+in/broken.png: ", capsys.readouterr().err)
@@ -2203,10 +2242,13 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     assert (mask == np.array(saved(tmp_path, "alone.pt")["palette"])[labels]).all()
     sizes = {"sub/thin": (3, 90), "side": (20, 30), "deep": (20, 30), "odd.png": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
+    run(finetune_seg, f"{flags} --predict {tmp_path}")  # here --out is no folder of photos
+    assert made("in/odd.jpg_mask.png").shape == mask.shape and not [*tmp_path.rglob("*mask_mask.png")]
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/sub/thin.png --window 24 --multi-scale")
     assert made("thin_overlay.png").any()
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
+    assert "already a" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
     again = made("odd_labels.png")
     assert again.shape == (37, 53) and 0.8 < (again == labels).mean()
     assert "none of the images" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/broken.png")
@@ -2318,7 +2360,14 @@ def test_checkpoints_that_do_not_fit_are_refused(seg, tmp_path, capsys):
     save(tmp_path / "valannot/a.png", columns((0, 1)))
     flags = f"{EVALUATE} {seg}/run/last.pt --out {tmp_path}/o"
     assert "3 classes, but camvid has 11" in fails(finetune_seg, f"{flags} --data camvid:{tmp_path}")
-    assert "last.pt: its weights do not fit" in fails(finetune_seg, f"{flags} --depth 1")
+    assert "last.pt: its weights do not fit" in fails(finetune_seg, f"{flags} --crop 32")
+    small_folder(tmp_path / "other")
+    save(tmp_path / "other/classes.txt", b"class 1\nclass 0\nclass 2\n")
+    assert "the classes class 0, class 1," in fails(finetune_seg, f"{flags} --data folder:{tmp_path}/other")
+    for more, said in (("--depth 1", "--depth: the checkpoint"), ("--data folder:/gone", "no folder /gone")):
+        with pytest.raises(SystemExit):
+            run(finetune_seg, f"{flags} {more}")
+        assert said in capsys.readouterr().err
     torch.save({"model": {}}, tmp_path / "x.pt")
     with pytest.raises(SystemExit):
         run(finetune_seg, f"--predict {tmp_path} --checkpoint {tmp_path}/x.pt")
@@ -2326,3 +2375,4 @@ def test_checkpoints_that_do_not_fit_are_refused(seg, tmp_path, capsys):
     write_weights("last.pt", tmp_path / "w.pt")
     flags = f"{SEG_FLAGS} --init {tmp_path}/w.pt --data folder:{seg}/data --out {tmp_path}/o"
     assert "do not fit this encoder" in fails(finetune_seg, f"{flags} --dim 32")
+    assert "its encoder has 2 heads, not 4" in fails(finetune_seg, f"{flags} --heads 4")

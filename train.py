@@ -48,16 +48,16 @@ def fail(text):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def find_images(folder, flag="--data"):
+def find_images(folder, flag="--data", skip=""):
     """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes, which is small
-    and fast to send to workers. Hidden files and folders are skipped; links are followed. Exits with an error
-    if the folder is missing or has no images."""
+    and fast to send to workers. Hidden files and folders and the folder `skip`, where results go, are not
+    searched; links are followed. Exits with an error if the folder is missing or has no images."""
     if not os.path.isdir(folder):
         fail(f"{flag} {folder}: there is no such folder")
     names, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # a link back to a folder already visited
-            folders.clear()
+        if os.path.realpath(parent) in seen or os.path.realpath(parent) == os.path.realpath(skip):
+            folders.clear()  # a link back to a folder already visited, or the results
             continue
         seen.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -232,11 +232,12 @@ def open_images(args):
         train_images, val_images = Scenes(args.scenes), Scenes(args.val_images, first=10**6)
         names = np.array([b"scenes"])
     elif args.val:
-        names, held_out = find_images(args.data), find_images(args.val, "--val")
+        names = find_images(args.data, skip=args.out)
+        held_out = find_images(args.val, "--val", skip=args.out)
         chosen = np.sort(rng.permutation(len(held_out))[: args.val_images])
         train_images, val_images = Images(args.data, names), Images(args.val, held_out[chosen])
     else:
-        names = find_images(args.data)
+        names = find_images(args.data, skip=args.out)
         order, count = rng.permutation(len(names)), min(args.val_images, len(names) // 10)
         train_images = Images(args.data, names[np.sort(order[count:])])
         val_images = Images(args.data, names[np.sort(order[:count])])
@@ -293,6 +294,8 @@ class Views(Dataset):
         args, rng = self.args, np.random.default_rng((self.args.seed, *key))
         # Decode once for all views, because decoding takes longer than cropping.
         image, wrong = read_or_next(self.source, key[1], self.source.image)
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise TypeError(f"{self.source.name(key[1])}: image(i) must return a uint8 tensor [3, H, W]")
         areas = [args.large_area] * 2 + [args.focal_area] * args.focal
         boxes = [random_box(*image.shape[1:], area, rng) for area in areas]
         flips = rng.random(len(boxes)) < 0.5
@@ -341,16 +344,20 @@ def read_batches(dataset, workers, device, **sampling):
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         iterator = iter(loader)
+        # As the workers ignore both signals, they must be told to end, at the latest when this process exits.
+        shut_down = iterator._shutdown_workers if workers else lambda: None
+        atexit.register(shut_down)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    # As the workers ignore SIGTERM, they must be told to end, at the latest when this process exits.
-    shut_down = iterator._shutdown_workers if workers else lambda: None
-    atexit.register(shut_down)
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
         if "in a row cannot be read" in str(error):  # a worker's error ends with its own message
             fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+        if "shared memory" in str(error):
+            fail(
+                "no shared memory left in /dev/shm: use --workers 0, or with Docker --shm-size=16g or --ipc=host"
+            )
         if isinstance(error, ConnectionError | EOFError) or "(pid" in str(error):
             fail(f"a loader worker died ({error!r}); if memory ran out, run it again with fewer --workers")
         raise
@@ -515,6 +522,8 @@ def init_from(path, model, teacher):
             if not weights.heads_assumed and weights.sizes["heads"] != model.encoder.heads:
                 raise ValueError(f"its encoder has {weights.sizes['heads']} heads, not {model.encoder.heads}")
             notes = [*weights.notes, loca.load_encoder(module.get_submodule("encoder"), weights)]
+            if weights.heads_assumed:
+                notes.append(f"heads assumed: {model.encoder.heads}; set --heads to change it")
         except (OSError, ValueError, ImportError) as error:
             fail(f"--init {path}: {error}")
         own = {k: v for k, v in module.state_dict().items() if not k.startswith("encoder.")}
@@ -796,7 +805,7 @@ def load_checkpoint(path, args, modules, world_size, device):
             saved = loca.read_torch_file(path)
             old, new = saved["settings"], vars(args)
         except ValueError as error:
-            fail(f"cannot resume from {path}: {error}")
+            fail(f"cannot resume from {path}: {error}; remove it, or use another --out")
         except (KeyError, TypeError):
             fail(f"cannot resume from {path}: it is not a checkpoint of this script; use another --out")
         changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
@@ -805,7 +814,7 @@ def load_checkpoint(path, args, modules, world_size, device):
             if key not in MAY_CHANGE:
                 fail(f"{path} was made with {what}; restore it or use another --out")
         for key in changed:
-            if key != "out":
+            if key not in ("out", "folder"):  # finetune_seg.py's folder is part of --data
                 say(f"resuming with {flag(key)} {new[key]}, formerly {old[key]}")
         if {"steps", "epochs"} & set(changed):
             say("the learning rate now follows the schedule of the new length")
@@ -955,6 +964,8 @@ def main(args, images=None):
 
     # ---- data: which images a step sees depends on (seed, step) alone ----
     train_images, val_images = images or open_images(args)
+    if images:
+        args.images = f"{len(train_images)} images"
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
         fail(f"{len(train_images)} training images are too few: use --batch {len(train_images)} or less")
@@ -1162,7 +1173,8 @@ def add_run_flags(parser):
 
 def make_parser():
     """The command line; the defaults are the released recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    usage = "%(prog)s [flags]   (--help lists them)"  # errors repeat it: keep it short
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=Help)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
@@ -1252,6 +1264,8 @@ def parse_args(arguments=None):
     if given.epochs:  # it overrides the steps of a preset
         parser.set_defaults(steps=None)
     args = parser.parse_args(arguments)
+    if args.val and not args.data:
+        parser.error("--val needs --data")
     settle_batch(args, parser)
     for name in ("image_size", "focal_size"):
         size, patch = getattr(args, name), args.patch_size

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -347,6 +348,10 @@ def read_batches(dataset, workers, device, **sampling):
         # As the workers ignore both signals, they must be told to end, at the latest when this process exits.
         shut_down = iterator._shutdown_workers if workers else lambda: None
         atexit.register(shut_down)
+    except BaseException:  # Ctrl-C that another thread received
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:

@@ -263,7 +263,7 @@ def search_layouts(name, folder, split):
         problem = None
         for images, masks, listing, offset in layouts:
             names_file = root / listing.format(split=part) if listing else None
-            if names_file and not names_file.exists():
+            if names_file and not (names_file.exists() and names_file.read_text().strip()):
                 continue
             if not listing and any(path.exists() for path in lists.get(images, ())):
                 continue  # the lists decide which images belong to a split
@@ -275,7 +275,9 @@ def search_layouts(name, folder, split):
             wanted = sorted(image_files)
             if names_file:  # names, or paths of images, one per line
                 lines = filter(None, map(str.strip, names_file.read_text().splitlines()))
-                wanted = sorted({(x if (x,) in image_files else Path(x.split()[0]).stem,) for x in lines})
+                # Names can have spaces, but some lists have a second column.
+                readings = ([x, Path(x).stem, Path(x.split()[0]).stem] for x in lines)
+                wanted = sorted({(next((n for n in x if (n,) in image_files), x[-1]),) for x in readings})
             missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in image_files]
             missing += [f"{'/'.join(key)!r} has no mask" for key in wanted if key not in mask_files]
             if wanted and not missing:
@@ -663,14 +665,23 @@ class Segmenter(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D]."""
+    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D].
 
-    def __init__(self, name, image_size, drop_path, **from_timm):
+    pretrained: download timm's weights. file: a checkpoint of this model. Raises ValueError if it lacks any
+    weights.
+    """
+
+    def __init__(self, name, image_size, drop_path, pretrained=False, file=None):
         super().__init__()
         timm = loca.import_optional("timm")
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
-        self.model = timm.create_model(name, num_classes=0, **sizes, **from_timm)
+        self.model = timm.create_model(name, pretrained, num_classes=0, **sizes)
         self.model.reset_classifier(0, global_pool="")  # attention pooling would be trained, but never used
+        if file:  # the model's module knows how to convert names and to resize positions
+            convert = sys.modules[type(self.model).__module__].checkpoint_filter_fn
+            loaded = timm.models.load_checkpoint(self.model, file, strict=False, filter_fn=convert)
+            if loaded.missing_keys:
+                raise ValueError(f"it lacks {', '.join(loaded.missing_keys[:3])}")
         self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.feat_ratio()
         # Models differ in how they normalize pixels: convert this project's normalization to the model's.
         config = self.model.pretrained_cfg
@@ -689,8 +700,8 @@ SIZE_KEYS = tuple(loca.SIZES["B/16"])  # patch_size, dim, depth, heads, mlp_dim
 
 
 def build_model(args, classes, **from_timm):
-    """The Segmenter that the settings describe, on the CPU; `from_timm` are arguments of timm.create_model.
-    Raises ValueError for sizes that do not fit together."""
+    """The Segmenter that the settings describe, on the CPU; `from_timm` are arguments of TimmEncoder. Raises
+    ValueError for sizes that do not fit together."""
     if args.encoder:
         encoder = TimmEncoder(args.encoder.removeprefix("timm:"), args.crop, args.drop_path, **from_timm)
     else:
@@ -1061,7 +1072,7 @@ def predict(args, content):
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
         print(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
-    if failed and failed == len(results):
+    if train.sum_over_processes([float(failed)], device)[0] == len(names):
         fail(f"--predict {source}: none of the images could be read")
 
 
@@ -1096,11 +1107,11 @@ def main(args):
     # ---- model and optimizer ----
     train.seed_all(args.seed)
     # A resumed run takes its weights from the checkpoint, regardless of --init.
-    from_timm = {}  # what timm.create_model loads, for --encoder
+    from_timm = {}  # what TimmEncoder loads
     if args.init == "timm":
         from_timm = {"pretrained": True}
     elif args.init != "none":
-        from_timm = {"pretrained": True, "pretrained_cfg_overlay": {"file": args.init}}
+        from_timm = {"file": args.init}
     try:
         model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else from_timm))
         if weights is not None:
@@ -1336,8 +1347,6 @@ def parse_args(arguments=None):
     usual = {"window": [preset.pop("crop")] * 2, "stride": [preset.pop("stride")] * 2}
     if given.checkpoint and not (given.eval_only or given.predict):
         parser.error("--checkpoint is for --eval-only and --predict; --init takes initial weights")
-    if given.classes and name != "folder":
-        parser.error("--classes is for --data folder:DIR")
     if given.eval_only or given.predict:
         path = given.checkpoint or (given.eval_only and Path(given.out or preset["out"], "best.pt"))
         if not path or not os.path.isfile(path):
@@ -1359,6 +1368,8 @@ def parse_args(arguments=None):
         preset |= {key: value for key, value in saved.items() if key not in NOT_FROM_CHECKPOINT}
         out = "predictions" if given.predict else str(Path(path).parent)
         preset |= {"out": out, "checkpoint": str(path), "workers": 2}
+    if given.classes and name != "folder":
+        parser.error("--classes is for --data folder:DIR")
     parser.set_defaults(**preset)
     args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None, usual=usual))
     for flag in ("crop", "window", "stride"):

@@ -946,6 +946,7 @@ def test_list_of_images(photos, tmp_path):
     linked = ["linked/cmyk.jpg", "linked/deep er/new\nline ü.bmp", "linked/gray.jpeg", "linked/photo.JPG"]
     assert list(found) == [b"broken.png", *map(os.fsencode, linked), b"\xff\xfe.png"]
     assert list(train.find_images(tmp_path, skip=photos / "a")) == [b"broken.png", b"\xff\xfe.png"]
+    assert len(train.find_images(photos / "a", skip=photos / "a")) == 4
     images = train.Images(str(tmp_path), found)
     for i in (0, 5):  # instead of the broken link, another one is read
         assert train.read_or_next(images, i, images.image)[0].shape == (3, 40, 60)
@@ -1952,6 +1953,8 @@ LAYOUTS = [  # data set, image, mask, a text file and its content, classes of th
     ("folder", "JPEGImages/{1}.jpg", "SegmentationClass/{1}.png", "ImageSets/Segmentation/{1}.txt", "{1}", INDICES),
     ("folder", "JPEGImages/b c.v{1}.jpg", "SegmentationClass/b c.v{1}.png", "ImageSets/Segmentation/{1}.txt", "b c.v{1}", INDICES),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "\ufeffIgnore\n# not a class\ncat\ndog\n", {0: None, 1: "cat", 2: "dog"}),
+    ("folder", "JPEGImages/{1} 1.jpg", "SegmentationClass/{1} 1.png", "ImageSets/Segmentation/{1}.txt", "JPEGImages/{1} 1.jpg", INDICES),
+    ("folder", "JPEGImages/{1}.jpg", "SegmentationClass/{1}.png", "ImageSets/Segmentation/{1}.txt", "{1} 1", INDICES),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat\nbig dog\n", {0: "cat", 1: "big dog", 255: None}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat\nignore\nbig dog\n", {0: "cat", 1: None, 2: "big dog"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat 255 0 0\nbig dog 0 0 255\nignore 0 0 0", {"ff0000": "cat", "0000ff": "big dog", "000000": None}),
@@ -2023,6 +2026,7 @@ def test_a_layout_is_never_completed_from_another_one(tmp_path):
         save(tmp_path / f"JPEGImages/{i:02}.png", picture())
         save(tmp_path / f"SegmentationClass/{i:02}.png", columns((0, 1)))
     save(tmp_path / "ImageSets/Segmentation/train.txt", b"".join(b"%02d\n" % i for i in range(5)))
+    save(tmp_path / "ImageSets/Segmentation/val.txt", b"")
     names = [
         [Path(image).stem for image, _ in open_part("folder", tmp_path, split)[0].pairs]
         for split in ("train", "val")
@@ -2317,6 +2321,17 @@ def test_encoders_of_timm(name, patch, seg, tmp_path, monkeypatch):
     assert saved(again, "results.json")["confusion"] == saved(tmp_path, "results.json")["confusion"]
     run(finetune_seg, f"--predict {seg}/data/images/val --checkpoint {best} --out {again}")
     assert Image.open(again / "0_mask.png").size == (28, 20)
+    # From a file of the same model at another size, with a classifier; and from one that is incomplete.
+    state = create(name, img_size=4 * patch, num_classes=3, **small).state_dict()
+    flags = f"{flags} --encoder timm:{name} --data folder:{seg}/data".replace(
+        "--init none", f"--init {tmp_path}/w.pth"
+    )
+    torch.save(state, tmp_path / "w.pth")
+    run(finetune_seg, f"{flags} --lr 1e-9 --out {tmp_path}/from_file")
+    weight = saved(tmp_path / "from_file")["model"]["encoder.model.blocks.0.mlp.fc1.weight"]
+    torch.testing.assert_close(weight, state.pop("blocks.0.mlp.fc1.weight"))
+    torch.save(state, tmp_path / "w.pth")
+    assert "w.pth: it lacks blocks.0.mlp.fc1.weight" in fails(finetune_seg, f"{flags} --out {tmp_path}/x")
 
 
 def test_the_model_flag_overrides_the_sizes_of_a_preset(tmp_path):

@@ -49,16 +49,16 @@ def fail(text):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def find_images(folder, flag="--data", skip=""):
+def find_images(folder, flag="--data", skip=None):
     """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes, which is small
     and fast to send to workers. Hidden files and folders and the folder `skip`, where results go, are not
     searched; links are followed. Exits with an error if the folder is missing or has no images."""
     if not os.path.isdir(folder):
         fail(f"{flag} {folder}: there is no such folder")
-    names, seen = [], set()
+    names, seen = [], {os.path.realpath(skip)} - {os.path.realpath(folder)} if skip else set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen or os.path.realpath(parent) == os.path.realpath(skip):
-            folders.clear()  # a link back to a folder already visited, or the results
+        if os.path.realpath(parent) in seen:  # a link back to a folder already visited, or `skip`
+            folders.clear()
             continue
         seen.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -100,7 +100,7 @@ def read_image(path):
     except UnidentifiedImageError as error:
         raise ValueError("not an image, damaged, or a TIFF with more than 4 bands") from error
     with image:
-        with contextlib.suppress(SyntaxError):  # Pillow's answer to a garbled EXIF block
+        with contextlib.suppress(Exception):  # a garbled EXIF block can make Pillow raise anything
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = Image.fromarray(to_8_bits(image))
@@ -992,7 +992,7 @@ def main(args, images=None):
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
     saved = load_checkpoint(out / "last.pt", args, modules, world_size, device)
-    start_step, accuracy = (saved["step"], saved["accuracy"]) if saved else (0, None)
+    start_step, accuracy = (saved["step"], saved.get("accuracy")) if saved else (0, None)
     if start_step >= total_steps:
         say("note: this run is finished, nothing is trained; give a new run another --out")
     if args.compile:

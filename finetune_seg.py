@@ -36,7 +36,7 @@ from train import fail, float_or_0, int_or_0, positive_float, positive_int, say,
 
 IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
-VAL_SCENES = 50  # drawn scenes to validate on
+VAL_SCENES = 50  # number of drawn scenes for validation
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -91,7 +91,7 @@ def shifted(classes):
 def voc_palette(classes):
     """The colors of Pascal VOC's masks for `classes` classes: bits of the index, spread over the channels."""
     index, colors = np.arange(classes), np.zeros((classes, 3), int)
-    for bit in range(8):  # bit 3 * bit + channel of the index is bit 7 - bit of the channel
+    for bit in range(8):  # index bit 3 * bit + channel sets bit 7 - bit of that channel
         for channel in range(3):
             colors[:, channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
     return tuple(map(tuple, colors.tolist()))
@@ -249,7 +249,8 @@ def find_files(root, patterns):
 
 def search_layouts(name, folder, split):
     """(pairs, whether the layout has parts) of the first complete layout; pairs is None if no layout is
-    found. Exits with an error if files are missing from a list of names, or from all layouts of a folder."""
+    found. Exits with an error if files named in a list are missing, or if all layouts in a folder are
+    incomplete."""
     data = DATASETS[name]
     part = dict(zip(("train", "val", "test"), data.splits))[split]
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
@@ -284,11 +285,11 @@ def search_layouts(name, folder, split):
                 pairs = [(image_files[key], mask_files[key]) for key in wanted]
                 return pairs, "{split}" in images + (listing or "")
             shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
-            problem = problem or f"files of the {split} split are missing, {len(missing)} in all: {shown}"
+            problem = problem or f"the {split} split lacks files, {len(missing)} in all: {shown}"
             if names_file:
                 break
         if problem:
-            fail(f"--data {name}:{folder}: {problem}; add the missing files or remove these entries")
+            fail(f"--data {name}:{folder}: {problem}; add them, or remove the images or list entries")
     return None, True
 
 
@@ -322,7 +323,7 @@ def read_class_list(folder):
             try:
                 lines = path.read_text(encoding="utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                fail(f"{path}: {error}; it must be a text file in UTF-8")
+                fail(f"{path}: {error}; save it as UTF-8 text")
             lines = [line for line in lines if line.strip() and line[0] != "#"]
             matches = filter(None, (re.fullmatch(pattern, line) for line in lines))
             entries = [(m[1], m[2] and tuple(map(int, m.groups()[1:]))) for m in matches]
@@ -334,13 +335,13 @@ def read_class_list(folder):
         "fewer than two classes": len(names) < 2,
         f"over {ILLEGAL - 1} classes": len(names) >= ILLEGAL,
         "a class or a color twice": len(set(names)) < len(names) or len(set(used)) < len(used),
-        "a color above 255": any(max(c) > 255 for c in used),
+        "a color value above 255": any(max(c) > 255 for c in used),
     }
     for problem, found in problems.items():
         if found:
-            fail(f"{folder}: its class list has {problem}: {', '.join(names[:20])}")
+            fail(f"{folder}: the class list has {problem}; correct it. Its classes: {', '.join(names[:20])}")
     values, colors, palette = {}, {}, list(voc_palette(len(names)))
-    # A mask of one channel holds gray values if all colors of the list are gray, and line numbers otherwise.
+    # A one-channel mask holds gray values if all listed colors are gray, and line numbers otherwise.
     gray = all(color and len(set(color)) == 1 for _, color in entries)
     for k, (name, color) in enumerate(entries):
         label = IGNORED if name == "ignore" else names.index(name)
@@ -386,7 +387,7 @@ class Labeled:
         if colored and not self.data.colors:
             raise ValueError(
                 "it holds RGB colors, not class indices; for folder:DIR, list the colors in classes.txt, "
-                "one line NAME R G B per class"
+                "one 'NAME R G B' line per class"
             )
         if colored:
             raw = (raw >= 128) * np.uint8(255) if self.data.painted else raw
@@ -472,7 +473,7 @@ def check_masks(parts, rank, world_size, device):
 
 def open_data(args, splits, rank, world_size, device, classes=None):
     """The given splits of --data with their masks checked, the class names, and the palette. classes: the
-    class names in a checkpoint; the data set must have the same."""
+    class names in a checkpoint; the data set must have the same names in the same order."""
     name, folder = args.name, args.folder
     if name == "scenes":
         seeds = {"train": range(args.scenes), "val": range(10**6, 10**6 + VAL_SCENES)}
@@ -484,7 +485,8 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         fail(f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}")
     if classes and names != list(classes):
         fail(
-            f"the checkpoint has the classes {', '.join(classes)}, in this order, but {name} {', '.join(names)}"
+            f"the checkpoint has the classes {', '.join(classes)}, but {name} has {', '.join(names)}; "
+            "use the same names in the same order"
         )
     start, parts = time.perf_counter(), []
     for split in splits:
@@ -676,7 +678,7 @@ class TimmEncoder(nn.Module):
         timm = loca.import_optional("timm")
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
         self.model = timm.create_model(name, pretrained, num_classes=0, **sizes)
-        self.model.reset_classifier(0, global_pool="")  # attention pooling would be trained, but never used
+        self.model.reset_classifier(0, global_pool="")  # remove attention pooling, which is not used here
         if file:  # the model's module knows how to convert names and to resize positions
             convert = sys.modules[type(self.model).__module__].checkpoint_filter_fn
             loaded = timm.models.load_checkpoint(self.model, file, strict=False, filter_fn=convert)
@@ -692,8 +694,8 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images):
         tokens = self.model.forward_features(images * self.scale + self.shift)
-        # Models that pool their patch tokens normalize with fc_norm; in the others it is the identity.
-        return self.model.fc_norm(tokens[:, self.model.num_prefix_tokens :])  # no class and register tokens
+        # fc_norm is the final norm of models that pool their patch tokens; in others it is the identity.
+        return self.model.fc_norm(tokens[:, self.model.num_prefix_tokens :])  # without class, register tokens
 
 
 SIZE_KEYS = tuple(loca.SIZES["B/16"])  # patch_size, dim, depth, heads, mlp_dim
@@ -798,7 +800,7 @@ def segmentation_loss(logits, labels):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-LARGEST = 2**28  # maximum number of probabilities of a predicted photo, 1 GiB
+LARGEST = 2**28  # maximum number of probabilities for one predicted photo: 1 GiB
 
 
 def sliding_window(model, image, window, stride, batch):
@@ -1014,7 +1016,7 @@ def load_segmenter(args, content, device):
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:  # it lists every tensor that does not fit
-        fail(f"--checkpoint {args.checkpoint}: its weights do not fit; remove --crop")
+        fail(f"--checkpoint {args.checkpoint}: its weights do not fit the model; remove --crop")
     return model.to(device).eval()
 
 
@@ -1057,7 +1059,7 @@ def predict(args, content):
     for result in results.values():
         for path in (f"{result}_{kind}.png" for kind in ("mask", "labels", "overlay")):
             if os.path.exists(path):
-                fail(f"--out {args.out}: there is already a {path}; give another --out")
+                fail(f"--out {args.out}: {path} already exists; give another --out")
     for name, result in results.items():
         try:
             image = train.read_image(root / name)
@@ -1117,7 +1119,7 @@ def main(args):
         if weights is not None:
             say(f"--init {args.init}: {loca.load_encoder(model.encoder, weights)}")
     except (ValueError, ImportError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]  # PyTorch's name every tensor
+        reason = " ".join(str(error).split())[:300]  # PyTorch's messages can list every tensor
         fail(f"{f'--encoder {args.encoder} ' if args.encoder else ''}--init {args.init}: {reason}")
     model.to(device).train()
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
@@ -1214,7 +1216,7 @@ def main(args):
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
                 say(f"asked to stop: saved at step {done}; the same command resumes from there")
-                train.sum_over_processes([0.0], device)  # wait for the first process, as in train.py
+                train.sum_over_processes([0.0], device)  # wait until the first process has saved
                 train.end_processes()
                 sys.exit(train.EXIT_STOPPED)
 
@@ -1346,7 +1348,7 @@ def parse_args(arguments=None):
     preset, content = choose_preset(given, name), None
     usual = {"window": [preset.pop("crop")] * 2, "stride": [preset.pop("stride")] * 2}
     if given.checkpoint and not (given.eval_only or given.predict):
-        parser.error("--checkpoint is for --eval-only and --predict; --init takes initial weights")
+        parser.error("--checkpoint works only with --eval-only or --predict; use --init for initial weights")
     if given.eval_only or given.predict:
         path = given.checkpoint or (given.eval_only and Path(given.out or preset["out"], "best.pt"))
         if not path or not os.path.isfile(path):
@@ -1356,12 +1358,10 @@ def parse_args(arguments=None):
         if given.data is None:
             name, folder = saved["name"], saved["folder"]
         if given.eval_only and folder and not os.path.isdir(folder):
-            parser.error(
-                f"there is no folder {folder}, which held the data of the checkpoint; give --data NAME:DIR"
-            )
+            parser.error(f"the checkpoint's data folder {folder} does not exist; give --data NAME:DIR")
         for key in ("model", *SIZE_KEYS):
             if getattr(given, key) not in (None, saved[key]):
-                parser.error(f"{train.flag(key)}: the checkpoint decides the sizes of the model")
+                parser.error(f"{train.flag(key)}: the checkpoint sets the model's sizes; remove this flag")
         if name == saved["name"]:  # otherwise the other data set's sizes count
             usual = {key: saved[key] for key in usual}
             preset |= {"base_size": saved["base_size"], "window": None if given.crop else saved["window"]}
@@ -1369,7 +1369,7 @@ def parse_args(arguments=None):
         out = "predictions" if given.predict else str(Path(path).parent)
         preset |= {"out": out, "checkpoint": str(path), "workers": 2}
     if given.classes and name != "folder":
-        parser.error("--classes is for --data folder:DIR")
+        parser.error("--classes works only with --data folder:DIR")
     parser.set_defaults(**preset)
     args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None, usual=usual))
     for flag in ("crop", "window", "stride"):

@@ -197,7 +197,7 @@ class ViT(nn.Module):
         # Patches become tokens. A random query keeps some of them, after the position embedding is added.
         x = self.patch_embed(images)  # B,D,rows,columns
         grid = tuple(x.shape[-2:])
-        # Contiguous, in float32: every block would inherit the convolution's memory layout and bf16.
+        # Make x contiguous and float32. Otherwise all blocks inherit the convolution's layout and bf16.
         x = x.flatten(2).transpose(1, 2).contiguous().to(self.pos_embed.dtype)  # B,N,D
         if position:
             x = x + self.position_embedding(grid)
@@ -613,8 +613,8 @@ TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 class Weights(dict):
     """State dict of an encoder ('encoder.blocks.0...') or of a whole LOCA, as found in a file.
 
-    sizes: the matching arguments of ViT; heads_assumed: the file does not tell the number of heads.
-    notes: what was found, one line each.
+    sizes: the matching arguments of ViT. heads_assumed: whether the number of heads is assumed because the
+    file does not state it. notes: what was found, one line each.
     """
 
     def __init__(self, state, sizes, notes, heads_assumed=False):
@@ -653,7 +653,7 @@ def load_vit(path, branch="teacher", **changes):
     encoder = ViT(**{**weights.sizes, **changes})
     if weights.heads_assumed and "heads" not in changes:
         warnings.warn(
-            f"{path} does not state the number of heads; {encoder.heads} assumed: pass heads=N to change it"
+            f"{path} does not state the number of heads; {encoder.heads} assumed; pass heads=N to change it"
         )
     load_encoder(encoder, weights)
     return encoder.eval()
@@ -789,8 +789,8 @@ def _differences(own, state, shapes=True):
 
 
 def _vit_sizes(state, heads=None, image_size=None):
-    """The arguments of ViT that match a state dict. `heads` and `image_size`, which its tensors do not
-    determine, are assumed if None: the heads that are usual for the width, and a square image."""
+    """The arguments of ViT that match a state dict. Its tensors do not determine `heads` and `image_size`. If
+    None, `heads` is the usual number for the width, and the image is square."""
     try:
         kernel, hidden = state["encoder.patch_embed.proj.weight"], state["encoder.blocks.0.mlp.fc1.weight"]
         tokens = state["encoder.pos_embed"].shape[1] - int("encoder.cls_token" in state)
@@ -868,7 +868,7 @@ def _find_published(path, branch):
         flat = dict(_leaves(tree[name], "/"))
     except Exception as error:  # a damaged file can make msgpack or torch raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"it is no PyTorch, safetensors or published flax file ({reason})") from error
+        raise ValueError(f"it is not a PyTorch, safetensors or published flax file ({reason})") from error
     state = published_to_state_dict(flat)
     heads = flat["encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"].shape[1]  # in,heads,head width
     return Weights(state, _vit_sizes(state, heads), [f"branch: {branch} ({name})"])

@@ -306,7 +306,7 @@ def test_stochastic_depth():
 
 @pytest.mark.parametrize("position", [True, False])
 def test_the_residual_stream_is_contiguous_float32(position):
-    """Whatever the layout and precision of the convolution's output: both would pass through all blocks."""
+    """The memory layout and precision of the convolution's output must not carry over to the blocks."""
     vit, seen = loca.ViT(32, 8, 24, 3, 3, 48).eval(), []
     for block in vit.blocks:
         block.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -930,7 +930,7 @@ def test_files_that_are_no_images_have_one_message(tmp_path):
     tiff = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(28)
     for data in (tiff, b"text"):
         save(tmp_path / "image", data)
-        with pytest.raises(ValueError, match="not an image, damaged, or a TIFF with more than 4 bands"):
+        with pytest.raises(ValueError, match="damaged, not an image, or a TIFF with more than 4 bands"):
             train.read_image(tmp_path / "image")
 
 
@@ -1562,7 +1562,7 @@ def pair(whole, tmp_path_factory):
 
 
 def stop_with_a_slow_disk(out):
-    """Ask one process to stop; all must say, when they end, that the first one has saved."""
+    """Ask one process to stop while saving is slow; each one prints at its end whether last.pt is saved."""
     at_step(3, "terminate", rank="1")
     save_checkpoint, end_processes = train.save_checkpoint, train.end_processes
     train.save_checkpoint = lambda *given, **more: (time.sleep(1), save_checkpoint(*given, **more))
@@ -1988,7 +1988,7 @@ FAULTS = [  # files that are written or removed, what is said about them; --clas
     ("masks/train/*.png", columns([0, 10, 200], 20, 28), "0, 10, 200.*gaps|gaps.* 0, 10, 200", None),
     ("masks/train/*.png", columns([0, 1] * 7 + [255], 20, 28), "255, .* 50%", None),
     ("classes.txt", b"cat\nignore\n", "fewer than two", None),
-    ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "a color above 255", None),
+    ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "a color value above 255", None),
     ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "a color twice", None),
     ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
     ("classes.txt", b"\n".join(b"%d" % k for k in range(254)), "over 253 classes", None),
@@ -2021,7 +2021,7 @@ def test_layouts(name, image, mask, text, content, meaning, tmp_path):
 
 
 def test_a_layout_is_never_completed_from_another_one(tmp_path):
-    """A missing list means that the other list is divided; a missing mask is not found in a subfolder."""
+    """Without val.txt, train.txt is split in two; a missing mask is not replaced by one from a subfolder."""
     for i in range(12):
         save(tmp_path / f"JPEGImages/{i:02}.png", picture())
         save(tmp_path / f"SegmentationClass/{i:02}.png", columns((0, 1)))
@@ -2048,7 +2048,9 @@ def test_voc_with_the_masks_of_sbd(tmp_path):
     pairs = [pair for split in ("train", "val") for pair in open_part("voc2012", tmp_path, split)[0].pairs]
     masks = [str(Path(mask).relative_to(tmp_path)) for _, mask in pairs]
     assert masks == ["SegmentationClassAug/a.png", "SegmentationClass/b.png", "SegmentationClass/c.png"]
-    save(tmp_path / "ImageSets/Segmentation/train.txt", b"a\ngone\n")  # and the lists are not ignored
+    save(
+        tmp_path / "ImageSets/Segmentation/train.txt", b"a\ngone\n"
+    )  # a list that names a missing file is an error
     assert re.search("'gone' has no image", fails_to(open_part, "folder", tmp_path))
 
 
@@ -2246,16 +2248,21 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     assert (mask == np.array(saved(tmp_path, "alone.pt")["palette"])[labels]).all()
     sizes = {"sub/thin": (3, 90), "side": (20, 30), "deep": (20, 30), "odd.png": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
-    run(finetune_seg, f"{flags} --predict {tmp_path}")  # here --out is no folder of photos
+    run(
+        finetune_seg, f"{flags} --predict {tmp_path}"
+    )  # --out lies inside this folder; its pictures must not be taken for photos
     assert made("in/odd.jpg_mask.png").shape == mask.shape and not [*tmp_path.rglob("*mask_mask.png")]
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/sub/thin.png --window 24 --multi-scale")
     assert made("thin_overlay.png").any()
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
-    assert "already a" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
+    assert "already exists" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
     again = made("odd_labels.png")
     assert again.shape == (37, 53) and 0.8 < (again == labels).mean()
     assert "none of the images" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/broken.png")
+    with pytest.raises(SystemExit):
+        run(finetune_seg, f"{EVALUATE} {tmp_path}/alone.pt")
+    assert "the checkpoint's data folder /nowhere does not exist" in capsys.readouterr().err
 
 
 def write_weights(kind, path):
@@ -2378,8 +2385,13 @@ def test_checkpoints_that_do_not_fit_are_refused(seg, tmp_path, capsys):
     assert "last.pt: its weights do not fit" in fails(finetune_seg, f"{flags} --crop 32")
     small_folder(tmp_path / "other")
     save(tmp_path / "other/classes.txt", b"class 1\nclass 0\nclass 2\n")
-    assert "the classes class 0, class 1," in fails(finetune_seg, f"{flags} --data folder:{tmp_path}/other")
-    for more, said in (("--depth 1", "--depth: the checkpoint"), ("--data folder:/gone", "no folder /gone")):
+    assert "use the same names in the same order" in fails(
+        finetune_seg, f"{flags} --data folder:{tmp_path}/other"
+    )
+    for more, said in (
+        ("--depth 1", "--depth: the checkpoint sets"),
+        ("--data folder:/gone", "no folder /gone"),
+    ):
         with pytest.raises(SystemExit):
             run(finetune_seg, f"{flags} {more}")
         assert said in capsys.readouterr().err

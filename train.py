@@ -51,8 +51,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 def find_images(folder, flag="--data", skip=None):
     """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes, which is small
-    and fast to send to workers. Hidden files and folders and the folder `skip`, where results go, are not
-    searched; links are followed. Exits with an error if the folder is missing or has no images."""
+    and fast to send to workers. Skips hidden files and folders, and the folder `skip`, which holds results;
+    follows links. Exits with an error if the folder is missing or has no images."""
     if not os.path.isdir(folder):
         fail(f"{flag} {folder}: there is no such folder")
     names, seen = [], {os.path.realpath(skip)} - {os.path.realpath(folder)} if skip else set()
@@ -98,7 +98,7 @@ def read_image(path):
     try:
         image = Image.open(path)  # reads the header only, and refuses decompression bombs
     except UnidentifiedImageError as error:
-        raise ValueError("not an image, damaged, or a TIFF with more than 4 bands") from error
+        raise ValueError("it is damaged, not an image, or a TIFF with more than 4 bands") from error
     with image:
         with contextlib.suppress(Exception):  # a garbled EXIF block can make Pillow raise anything
             image = ImageOps.exif_transpose(image)
@@ -345,10 +345,10 @@ def read_batches(dataset, workers, device, **sampling):
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         iterator = iter(loader)
-        # As the workers ignore both signals, they must be told to end, at the latest when this process exits.
+        # The workers ignore both signals, so they must be shut down before this process exits.
         shut_down = iterator._shutdown_workers if workers else lambda: None
         atexit.register(shut_down)
-    except BaseException:  # Ctrl-C that another thread received
+    except BaseException:  # such as Ctrl-C received by another thread
         for worker in multiprocessing.active_children():
             worker.kill()
         raise
@@ -361,7 +361,7 @@ def read_batches(dataset, workers, device, **sampling):
             fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
         if "shared memory" in str(error):
             fail(
-                "no shared memory left in /dev/shm: use --workers 0, or with Docker --shm-size=16g or --ipc=host"
+                "no shared memory left in /dev/shm: use --workers 0; in Docker, --shm-size=16g or --ipc=host"
             )
         if isinstance(error, ConnectionError | EOFError) or "(pid" in str(error):
             fail(f"a loader worker died ({error!r}); if memory ran out, run it again with fewer --workers")
@@ -897,7 +897,7 @@ def warnings_of(record, done, total_steps, chances, prototypes):
 
 def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
     """One image as a puzzle, a list of four pictures: the reference with the query's outline, the query, and
-    its patches on the dimmed reference, where they belong and where the model puts them.
+    its patches on the dimmed reference, first where they belong, then where the model puts them.
 
     reference, query: square pictures of one size. boxes: of both, in pixels of the image. flipped: whether
     the query is mirrored. targets, predicted: reference positions of its patches [N]; -1 is left out.
@@ -1099,7 +1099,7 @@ def main(args, images=None):
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
                 say(f"asked to stop: saved at step {done}; the same command resumes from there")
-                # Wait for the first process, which saves: torchrun would end it when another one exits.
+                # Wait until the first process has saved: torchrun ends it when another process exits.
                 sum_over_processes([0.0], device)
                 end_processes()
                 sys.exit(EXIT_STOPPED)
@@ -1178,7 +1178,7 @@ def add_run_flags(parser):
 
 def make_parser():
     """The command line; the defaults are the released recipe."""
-    usage = "%(prog)s [flags]   (--help lists them)"  # errors repeat it: keep it short
+    usage = "%(prog)s [flags]   (--help lists them)"  # printed with every error, so keep it short
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=Help)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off

@@ -263,8 +263,10 @@ def search_layouts(name, folder, split):
         }
         problem = None
         for images, masks, listing, offset in layouts:
-            names_file = root / listing.format(split=part) if listing else None
-            if names_file and not (names_file.exists() and names_file.read_text().strip()):
+            lines = []  # names, or paths of images, one per line
+            if listing and (names_file := root / listing.format(split=part)).exists():
+                lines = [*filter(None, map(str.strip, names_file.read_text().splitlines()))]
+            if listing and not lines:
                 continue
             if not listing and any(path.exists() for path in lists.get(images, ())):
                 continue  # the lists decide which images belong to a split
@@ -274,9 +276,7 @@ def search_layouts(name, folder, split):
             if offset and split == "train":
                 mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
             wanted = sorted(image_files)
-            if names_file:  # names, or paths of images, one per line
-                lines = filter(None, map(str.strip, names_file.read_text().splitlines()))
-                # Names can have spaces, but some lists have a second column.
+            if lines:  # names can have spaces, but some lists have a second column
                 readings = ([x, Path(x).stem, Path(x.split()[0]).stem] for x in lines)
                 wanted = sorted({(next((n for n in x if (n,) in image_files), x[-1]),) for x in readings})
             missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in image_files]
@@ -286,7 +286,7 @@ def search_layouts(name, folder, split):
                 return pairs, "{split}" in images + (listing or "")
             shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
             problem = problem or f"the {split} split lacks files, {len(missing)} in all: {shown}"
-            if names_file:
+            if lines:
                 break
         if problem:
             fail(f"--data {name}:{folder}: {problem}; add them, or remove the images or list entries")
@@ -1263,8 +1263,7 @@ def fraction(text):
 
 def make_parser():
     """The command line; None as a default means the value of the data set, the weights or the checkpoint."""
-    usage = "%(prog)s [flags]   (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=train.Help)
+    parser = train.new_parser(__doc__)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")

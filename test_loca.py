@@ -2048,9 +2048,8 @@ def test_voc_with_the_masks_of_sbd(tmp_path):
     pairs = [pair for split in ("train", "val") for pair in open_part("voc2012", tmp_path, split)[0].pairs]
     masks = [str(Path(mask).relative_to(tmp_path)) for _, mask in pairs]
     assert masks == ["SegmentationClassAug/a.png", "SegmentationClass/b.png", "SegmentationClass/c.png"]
-    save(
-        tmp_path / "ImageSets/Segmentation/train.txt", b"a\ngone\n"
-    )  # a list that names a missing file is an error
+    # A list that names a missing file is an error.
+    save(tmp_path / "ImageSets/Segmentation/train.txt", b"a\ngone\n")
     assert re.search("'gone' has no image", fails_to(open_part, "folder", tmp_path))
 
 
@@ -2248,9 +2247,8 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     assert (mask == np.array(saved(tmp_path, "alone.pt")["palette"])[labels]).all()
     sizes = {"sub/thin": (3, 90), "side": (20, 30), "deep": (20, 30), "odd.png": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
-    run(
-        finetune_seg, f"{flags} --predict {tmp_path}"
-    )  # --out lies inside this folder; its pictures must not be taken for photos
+    # Here --out lies inside the folder; its pictures must not be taken for photos.
+    run(finetune_seg, f"{flags} --predict {tmp_path}")
     assert made("in/odd.jpg_mask.png").shape == mask.shape and not [*tmp_path.rglob("*mask_mask.png")]
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/sub/thin.png --window 24 --multi-scale")
     assert made("thin_overlay.png").any()

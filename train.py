@@ -12,14 +12,13 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import resource
 import signal
 import sys
 import time
 from datetime import timedelta
-from multiprocessing import resource_tracker
+from multiprocessing import active_children, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,7 +348,7 @@ def read_batches(dataset, workers, device, **sampling):
         shut_down = iterator._shutdown_workers if workers else lambda: None
         atexit.register(shut_down)
     except BaseException:  # such as Ctrl-C received by another thread
-        for worker in multiprocessing.active_children():
+        for worker in active_children():
             worker.kill()
         raise
     finally:
@@ -1141,6 +1140,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (%(default)s)" if shown else action.help
 
 
+def new_parser(description):
+    """An empty command line of one of the two scripts."""
+    usage = "%(prog)s [flags]   (--help lists them)"  # printed with every error, so keep it short
+    return argparse.ArgumentParser(usage=usage, description=description, formatter_class=Help)
+
+
 def number(kind, valid, rule):
     """An argparse type: a number of `kind` for which `valid` holds; `rule` describes valid values."""
 
@@ -1178,8 +1183,7 @@ def add_run_flags(parser):
 
 def make_parser():
     """The command line; the defaults are the released recipe."""
-    usage = "%(prog)s [flags]   (--help lists them)"  # printed with every error, so keep it short
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=Help)
+    parser = new_parser(__doc__)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")

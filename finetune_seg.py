@@ -779,7 +779,8 @@ def parameter_groups(model, weight_decay, layer_decay):
         if parameter.requires_grad:
             last = re.match(r"decoder\.|encoder\.(model\.)?(fc_)?norm\.", name)
             layer = depth + 1 if last else int(block[1]) + 1 if block else 0
-            key = layer_decay ** (depth + 1 - layer), weight_decay * (parameter.ndim > 1)
+            free = parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token"))
+            key = layer_decay ** (depth + 1 - layer), 0.0 if free else weight_decay
             groups.setdefault(key, []).append(parameter)
     return [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
 

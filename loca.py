@@ -381,12 +381,15 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
     Each round normalizes every prototype over all samples on all devices, then every sample over all
     prototypes, so rows sum to 1 (Caron et al. 2020; here after a softmax, as released).
     """
-    assignments = (scores.float() / temperature).softmax(-1)
-    tiny = torch.finfo(assignments.dtype).tiny  # a prototype without nearby samples stays 0 instead of 0 / 0
-    for _ in range(rounds):
-        assignments /= sum_over_devices(assignments.sum(0)).clamp_min(tiny)
-        assignments /= assignments.sum(1, keepdim=True).clamp_min(tiny)
-    return assignments
+    kernel = (scores.float() / temperature).softmax(-1)  # M,P
+    tiny = torch.finfo(kernel.dtype).tiny  # a prototype without nearby samples stays 0 instead of 0 / 0
+    rows = kernel.new_ones(len(kernel))  # M
+    # Rounds only change the scale of rows and columns: the matrix is read twice a round, and written once.
+    with torch.autocast(scores.device.type, enabled=False):  # it would compute these products in bf16
+        for _ in range(rounds):
+            columns = 1 / sum_over_devices(rows @ kernel).clamp_min(tiny)  # P
+            rows = 1 / (kernel @ columns).clamp_min(tiny)  # M
+    return kernel.mul_(columns).mul_(rows[:, None])
 
 
 def feature_loss(features, prototypes, assignments, targets, temperature=0.1):

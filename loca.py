@@ -12,9 +12,13 @@ raster order; -1 means that the query patch has no counterpart.
 import argparse
 import copy
 import importlib
+import itertools
 import math
+import os
 import re
+import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 
 import torch
@@ -176,13 +180,13 @@ class ViT(nn.Module):
 
     def draw_branch_scale(self, batch, device):
         """Stochastic depth (Huang et al. 2016) for all blocks at once: [depth, 2, B, 1, 1], where 0 drops a
-        residual branch of a sample and 1 / keep rescales a kept one. None if nothing is dropped."""
+        residual branch of a sample and 1 / survive rescales a kept one. None if nothing is dropped."""
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)
         # The rate rises linearly with depth, because early blocks affect all later ones.
-        keep = torch.linspace(1, 1 - self.drop_path, depth, device=device).view(-1, 1, 1, 1, 1)
-        return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
+        survive = torch.linspace(1, 1 - self.drop_path, depth, device=device).view(-1, 1, 1, 1, 1)
+        return (torch.rand(depth, 2, batch, 1, 1, device=device) < survive) / survive
 
     def forward(self, images, keep=None, position=True, attend=None):
         """Encode images [B, 3, H, W] -> patch tokens after the last norm, [B, N, D], or [B, K, D] with
@@ -312,14 +316,16 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
 
 # ------------------------------------------------------------------------------------------------ masking
 
-# Which tokens stay visible: (total, count, device) -> `count` different indices, drawn once for all images of
-# a micro-batch. --masking offers every entry. The host never waits for the device.
+# Which tokens stay visible: (rows, columns, count, device) -> `count` different indices into the grid, drawn once
+# for all images of a micro-batch. --masking offers every entry. The host never waits for the device.
 MASKING = {
-    "consecutive": lambda total, count, device: (
-        torch.randint(total - count + 1, (1,), device=device) + torch.arange(count, device=device)
+    "consecutive": lambda rows, columns, count, device: (
+        torch.randint(rows * columns - count + 1, (1,), device=device) + torch.arange(count, device=device)
     ),  # a random run in raster order
-    "first": lambda total, count, device: torch.arange(count, device=device),
-    "unstructured": lambda total, count, device: torch.randperm(total, device=device)[:count],
+    "first": lambda rows, columns, count, device: torch.arange(count, device=device),
+    "unstructured": lambda rows, columns, count, device: torch.randperm(rows * columns, device=device)[
+        :count
+    ],
 }
 
 
@@ -330,27 +336,17 @@ def visible_count(total, masking_ratio):
     return max(1, int((1 - masking_ratio) * total + 1e-6))  # without 1e-6, (1 - 0.9) * 100 would give 9
 
 
-def choose_tokens(total, count, kind="consecutive", device=None):
-    """Indices [count] of tokens out of `total`; `kind` is a key of MASKING. Raises ValueError for an unknown
-    kind, or a count outside 1..total."""
-    if kind not in MASKING:
-        raise ValueError(f"unknown masking {kind!r}; choose from {', '.join(MASKING)}")
-    if not 0 < count <= total:
-        raise ValueError(f"cannot choose {count} tokens out of {total}")
-    return MASKING[kind](total, count, device)
-
-
 # ------------------------------------------------------------------------------------------------- losses
 
 
-def devices():
+def world_size():
     """Number of processes of torch.distributed; 1 if it is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over_devices(x):
+def sum_over_processes(x):
     """Sum of x over all processes, in place and without gradient."""
-    if devices() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
@@ -387,7 +383,7 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
     # Rounds only change the scale of rows and columns: the matrix is read twice a round, and written once.
     with torch.autocast(scores.device.type, enabled=False):  # it would compute these products in bf16
         for _ in range(rounds):
-            columns = 1 / sum_over_devices(rows @ kernel).clamp_min(tiny)  # P
+            columns = 1 / sum_over_processes(rows @ kernel).clamp_min(tiny)  # P
             rows = 1 / (kernel @ columns).clamp_min(tiny)  # M
     return kernel.mul_(columns).mul_(rows[:, None])
 
@@ -409,7 +405,7 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     # The mean prediction over all query patches on all devices. DDP averages gradients over devices, so each
     # device backpropagates the gradient of the mean to its own patches only.
     mean = log_p.exp().sum((0, 1)) / targets.numel()  # P
-    mean = mean + (sum_over_devices(mean.detach().clone()) / devices() - mean).detach()
+    mean = mean + (sum_over_processes(mean.detach().clone()) / world_size() - mean).detach()
     negative_entropy = (mean * (mean + 1e-30).log()).sum()
     return cross_entropy + negative_entropy, cross_entropy.detach(), (-negative_entropy.detach()).exp()
 
@@ -420,12 +416,13 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
 class LOCA(nn.Module):
     """Encoder, projection head and position predictor with their training loss (paper section 3).
 
-    encoder: a ViT whose image size is that of the reference. prototypes: P; 0 omits the projection head, for
-    the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
-    masking: a key of MASKING. query_tokens: number of tokens of the random query that are encoded; None means
-    5/14 of them, as published. single_image: no reference; a view without a position embedding attends to a
-    random share 1 - eta of its own tokens and predicts its own positions (Zhai et al. 2022, the comparison in
-    the paper's figures 2 and 3).
+    encoder: a ViT whose image size is that of the reference. prototypes: P; 0, like a feature_weight of 0, trains
+    with the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
+    masking: a key of MASKING. query_tokens: number of tokens of the random query that are encoded; 0 means 5/14
+    of them, as published. reference_encoder: 'teacher', or 'student', which encodes the visible reference tokens
+    alone and learns from them. query_position: whether queries get the position embedding. single_image: no
+    reference; a view without a position embedding attends to a random share 1 - eta of its own tokens and
+    predicts its own positions (Zhai et al. 2022, the comparison in the paper's figures 2 and 3).
     """
 
     def __init__(
@@ -437,26 +434,36 @@ class LOCA(nn.Module):
         *,
         masking_ratio=0.8,
         masking="consecutive",
-        query_tokens=None,
+        query_tokens=0,
         student_temperature=0.1,
         teacher_temperature=0.05,
         position_weight=1.0,
         feature_weight=1.0,
+        reference_encoder="published",
+        query_position="published",
         single_image=False,
     ):
         super().__init__()
         self.encoder = encoder
         self.positions = encoder.grid[0] * encoder.grid[1]
-        self.predictor = PositionPredictor(encoder.dim, encoder.heads, encoder.mlp_dim, self.positions)
-        self.head = ProjectionHead(encoder.dim, head_hidden, bottleneck, prototypes) if prototypes else None
         self.visible_tokens = visible_count(self.positions, masking_ratio)
-        self.query_tokens = self.positions * 5 // 14 if query_tokens is None else query_tokens
+        self.query_tokens = query_tokens or self.positions * 5 // 14
         if not 1 <= self.query_tokens <= self.positions:
             raise ValueError(f"cannot draw {self.query_tokens} query tokens from a view of {self.positions}")
-        self.masking = masking
+        # As published, the teacher encodes the reference. The position loss alone needs no teacher: there, the
+        # student encodes the reference, and queries get no position embedding.
+        feature_loss = bool(prototypes and feature_weight) and not single_image
+        if reference_encoder == "published":
+            reference_encoder = "teacher" if feature_loss else "student"
+        if query_position == "published":
+            query_position = feature_loss
+        self.reference_encoder, self.query_position = reference_encoder, query_position
+        self.needs_teacher = feature_loss or reference_encoder == "teacher"
+        self.masking, self.single_image = "unstructured" if single_image else masking, single_image
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.position_weight, self.feature_weight = position_weight, feature_weight
-        self.single_image = single_image
+        self.position_weight, self.feature_weight = position_weight, feature_weight if feature_loss else 0.0
+        self.predictor = PositionPredictor(encoder.dim, encoder.heads, encoder.mlp_dim, self.positions)
+        self.head = ProjectionHead(encoder.dim, head_hidden, bottleneck, prototypes) if feature_loss else None
         if single_image:
             encoder.pos_embed.requires_grad_(False)  # it is never used
 
@@ -464,71 +471,68 @@ class LOCA(nn.Module):
         """The loss of one training step.
 
         views: reference [B, 3, S, S], query [B, 3, S, S], query_targets [B, N], focal [B, F, 3, s, s],
-        focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher; None
-        trains with the position loss alone. visible [K] or [B, K]: reference tokens that the queries see.
-        keep: tokens of the random query that are encoded. Both are drawn at random if None.
+        focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher, if
+        `needs_teacher`. visible [K] or [B, K]: reference tokens that the queries see. keep: tokens of the random
+        query that are encoded. Both are drawn at random if None.
 
-        Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), feature_loss and its
-        part cross_entropy (ln P at chance), position_accuracy (0..1), position_distance (in patches), and two
-        metrics that reveal collapse: prototype_perplexity (1..P) and target_entropy (0..ln P, mean over every
-        fifth reference position).
+        Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), position_accuracy (0..1),
+        position_distance (in patches) and feature_loss. If the feature loss is trained, also its part
+        cross_entropy (ln P at chance) and two metrics that reveal collapse: prototype_perplexity (1..P) and
+        target_entropy (0..ln P). train.py averages, prints and logs every entry.
         """
-        # The reference tokens become the context that the queries attend to; a share eta of them is hidden.
-        context, tokens = self.encode_reference(views, teacher, visible)
+        reference = views["reference"]
+        if visible is None:
+            visible = self.choose_visible(reference.device)
+        if self.needs_teacher and teacher is None:
+            raise ValueError("this LOCA needs a teacher: pass loca.make_teacher(model)")
+        with torch.no_grad():  # the teacher is updated only by averaging, see update_teacher
+            tokens = teacher.encoder(reference) if self.needs_teacher else None  # B,N,D
         if self.single_image:
-            queries = tokens
-            targets = torch.arange(self.positions, device=tokens.device).expand(len(tokens), -1)  # B,N
+            queries, context, targets = self.encode_single_image(reference, visible)
         else:
-            queries, targets = self.encode_queries(views, keep, position=teacher is not None)
+            context = self.encode_context(reference, tokens, visible)  # B,K,D
+            queries, targets = self.encode_queries(views, keep)  # B,T,D and B,T
 
         # Where in the reference does each query patch lie?
         logits = self.predictor(queries, context)  # B,T,N
         position, accuracy = position_loss(logits, targets)
-
-        # Which cluster does the teacher assign to its counterpart?
-        feature = cross_entropy = perplexity = entropy = torch.zeros((), device=queries.device)
-        if teacher is not None:
-            assignments = self.assign_clusters(tokens, teacher)
-            feature, cross_entropy, perplexity = self.compare_clusters(queries, assignments, targets)
-            entropy = torch.special.entr(assignments[:, ::5]).sum(-1).mean()
-        # train.py averages and logs every scalar in here.
-        return {
-            "loss": self.position_weight * position + self.feature_weight * feature,
+        losses = {
             "position_loss": position.detach(),
-            "feature_loss": feature.detach(),
             "position_accuracy": accuracy,
             "position_distance": position_distance(logits, targets, self.encoder.grid[1]),
-            "cross_entropy": cross_entropy,
-            "prototype_perplexity": perplexity,
-            "target_entropy": entropy,
         }
 
-    def encode_reference(self, views, teacher=None, visible=None):
-        """Reference tokens that the queries see [B, K, D], and all reference tokens [B, N, D], or None if the
-        hidden tokens are not encoded. Arguments as in forward."""
-        reference = views["reference"]
-        if visible is None:
-            kind = "unstructured" if self.single_image else self.masking
-            visible = choose_tokens(self.positions, self.visible_tokens, kind, reference.device)
-        if self.single_image:  # no position embedding: it would give away the answer
-            tokens = self.encoder(reference, position=False, attend=visible)  # B,N,D
-        elif teacher is None:  # position loss alone: the student encodes only what the queries see
-            return self.encoder(reference, keep=visible), None
-        else:
-            with torch.no_grad():  # the teacher is updated only by averaging, see update_teacher
-                tokens = teacher.encoder(reference)  # B,N,D
-        return gather_tokens(tokens, visible), tokens
+        # Which cluster does the teacher assign to its counterpart?
+        feature = torch.zeros_like(position)
+        if self.head is not None:
+            assignments = self.assign_clusters(tokens, teacher)  # B,N,P
+            feature, cross_entropy, perplexity = self.compare_clusters(queries, assignments, targets)
+            losses |= {
+                "cross_entropy": cross_entropy,
+                "prototype_perplexity": perplexity,
+                # Every fifth position is enough for a metric of an array of this size.
+                "target_entropy": torch.special.entr(assignments[:, ::5]).sum(-1).mean(),
+            }
+        loss = self.position_weight * position + self.feature_weight * feature
+        return {"loss": loss, "feature_loss": feature.detach(), **losses}
 
-    def encode_queries(self, views, keep=None, position=True):
+    def choose_visible(self, device):
+        """Draw the reference tokens that the queries see: indices [K]."""
+        return MASKING[self.masking](*self.encoder.grid, self.visible_tokens, device)
+
+    def encode_context(self, reference, tokens, visible):
+        """The reference tokens that the queries see [B, K, D]: some of the teacher's `tokens` [B, N, D], or those
+        of a student that never sees the others."""
+        if self.reference_encoder == "teacher":
+            return gather_tokens(tokens, visible)
+        return self.encoder(reference, keep=visible)
+
+    def encode_queries(self, views, keep=None):
         """Concatenated tokens of all queries of each image, the random query first [B, T, D], and their
-        targets [B, T].
-
-        keep as in forward. position: add the position embedding; the published runs with the position loss
-        alone do not.
-        """
-        focal, targets = views["focal"], views["query_targets"]
+        targets [B, T]. Arguments as in forward."""
+        focal, targets, position = views["focal"], views["query_targets"], self.query_position
         if keep is None:
-            keep = choose_tokens(self.positions, self.query_tokens, "unstructured", targets.device)
+            keep = MASKING["unstructured"](*self.encoder.grid, self.query_tokens, targets.device)
         tokens = self.encoder(views["query"], keep=keep, position=position)  # B,K,D
         targets = gather_tokens(targets, keep)  # B,K
         if focal.shape[1] == 0:
@@ -538,6 +542,14 @@ class LOCA(nn.Module):
         focal_tokens = focal_tokens.unflatten(0, focal.shape[:2]).flatten(1, 2)  # B,Fn,D
         tokens = torch.cat([tokens, focal_tokens], dim=1)  # B,T,D
         return tokens, torch.cat([targets, views["focal_targets"].flatten(1)], dim=1)  # B,T
+
+    def encode_single_image(self, image, visible):
+        """Tokens of a view [B, N, D], those of them that all attend to [B, K, D], and the true positions [B, N]."""
+        tokens = self.encoder(
+            image, position=False, attend=visible
+        )  # a position embedding would be the answer
+        targets = torch.arange(self.positions, device=image.device).expand(len(image), -1)  # B,N
+        return tokens, gather_tokens(tokens, visible), targets
 
     @torch.no_grad()
     def assign_clusters(self, tokens, teacher):
@@ -557,90 +569,74 @@ class LOCA(nn.Module):
 def make_teacher(model):
     """Frozen copy of the encoder and projection head of a LOCA, with the same parameter names. Stochastic
     depth stays active in training mode, as released."""
-    teacher = nn.ModuleDict({"encoder": copy.deepcopy(model.encoder), "head": copy.deepcopy(model.head)})
-    return teacher.requires_grad_(False)
+    parts = {name: part for name, part in model.named_children() if name in ("encoder", "head")}
+    return nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_teacher(teacher, model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * model, in place."""
     # Both lists have the same order, because the teacher starts as a copy; one call updates all tensors.
-    student = [p for part in (model.encoder, model.head) for p in part.parameters()]
+    student = [p for name in teacher for p in getattr(model, name).parameters()]
     torch._foreach_lerp_(list(teacher.parameters()), student, 1 - momentum)
 
 
 # ------------------------------------------------------------------------------------- weights in and out
+# Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete.
 
-PUBLISHED_NAMES = (  # of the released flax checkpoints -> this file's, applied in order
-    (r"^ToTokenSequence_0/embedding/", "encoder.patch_embed.proj/"),
-    (r"^ToTokenSequence_0/posembed_input$", "encoder.pos_embed"),
-    (r"^encoderblock_(\d+)/LayerNorm_0", r"encoder.blocks.\1.norm1"),
-    (r"^encoderblock_(\d+)/LayerNorm_1", r"encoder.blocks.\1.norm2"),
-    (r"^encoderblock_(\d+)", r"encoder.blocks.\1"),
-    (r"^encoder_norm", "encoder.norm"),
-    (r"^cross_attention_block/LayerNorm_0", "predictor.norm_query"),
-    (r"^cross_attention_block/LayerNorm_1", "predictor.norm_context"),
-    (r"^cross_attention_block/LayerNorm_2", "predictor.norm_mlp"),
-    (r"^cross_attention_block/MultiHeadDotProductAttention_0/(q|k|v)[a-z]+", r"predictor.attn.\1"),
-    (r"^cross_attention_block", "predictor"),
-    (r"^final_norm", "predictor.norm"),
-    (r"^position_predictor", "predictor.logits"),
-    (r"^projection_head_for_clustering_prediction/Dense_0", "head.fc1"),
-    (r"^projection_head_for_clustering_prediction/Dense_1", "head.fc2"),
-    (r"^projection_head_for_clustering_prediction/Dense_2", "head.fc3"),
-    (r"^projection_head_for_clustering_prediction/prototypes", "head.prototypes"),
-    (r"/MultiHeadDotProductAttention_0/out", ".attn.proj"),
-    (r"/MultiHeadDotProductAttention_0/", ".attn."),
-    (r"/MlpBlock_0/Dense_0", ".mlp.fc1"),
-    (r"/MlpBlock_0/Dense_1", ".mlp.fc2"),
-    (r"/(kernel|scale)$", ".weight"),
-    (r"/bias$", ".bias"),
-)
-HUGGING_FACE_NAMES = (  # of transformers' ViT -> timm's
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^encoder\.layer\.(\d+)\.attention\.attention\.", r"blocks.\1.attn."),
-    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"^encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
-    (r"^encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
-    (r"^encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-    (r"^encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-    (r"^layernorm\.", "norm."),
-)
-PATCH_WEIGHT = re.compile(r"(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight$")
-# Names of the branch that is not trained by gradients, in DINO, timm, MoCo v3, I-JEPA and lightly.
+RELEASED_NAMES = (  # in the authors' flax files -> here, replaced in this order
+    ("ToTokenSequence_0.embedding", "encoder.patch_embed.proj"), ("ToTokenSequence_0.posembed_input", "encoder.pos_embed"),
+    ("encoder_norm", "encoder.norm"), ("encoderblock_", "encoder.blocks."), ("final_norm", "predictor.norm"),
+    ("cross_attention_block.LayerNorm_0", "predictor.norm_query"), ("position_predictor", "predictor.logits"),
+    ("cross_attention_block.LayerNorm_1", "predictor.norm_context"), ("cross_attention_block.LayerNorm_2", "predictor.norm_mlp"),
+    ("cross_attention_block", "predictor"), ("predictor.MultiHeadDotProductAttention_0.query", "predictor.attn.q"),
+    ("predictor.MultiHeadDotProductAttention_0.key", "predictor.attn.k"), ("predictor.MultiHeadDotProductAttention_0.value", "predictor.attn.v"),
+    ("projection_head_for_clustering_prediction", "head"),
+    ("head.Dense_0", "head.fc1"), ("head.Dense_1", "head.fc2"), ("head.Dense_2", "head.fc3"),
+    ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"), ("MlpBlock_0.Dense_0", "mlp.fc1"), ("MlpBlock_0.Dense_1", "mlp.fc2"),
+    ("MultiHeadDotProductAttention_0", "attn"), ("attn.out", "attn.proj"),
+)  # fmt: skip
+OFFERED_NAMES = (  # in the files offered for download, which older code wrote -> in the released code
+    ("final_encoder_norm", "encoder_norm"), ("localizer_block_0", "cross_attention_block"),
+    ("pos_predictor", "position_predictor"), ("output_projection", "projection_head_for_clustering_prediction"),
+)  # fmt: skip
+HUGGING_FACE_NAMES = (  # in transformers' ViT -> here
+    ("embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"), ("embeddings.cls_token", "encoder.cls_token"),
+    ("embeddings.position_embeddings", "encoder.pos_embed"), ("encoder.layer.", "encoder.blocks."),
+    ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("layernorm.", "encoder.norm."), ("attention.attention", "attn"),
+    ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+)  # fmt: skip
+NAMINGS = {  # the name of the patch embedding tells how a file names a ViT's other parameters
+    "ToTokenSequence_0.embedding.kernel": OFFERED_NAMES + RELEASED_NAMES,
+    "embeddings.patch_embeddings.projection.weight": HUGGING_FACE_NAMES,
+    "patch_embed.proj.weight": (),  # timm, DINO, iBOT, MAE, MoCo v3, I-JEPA, this project
+}
+# Names of the branch that is not trained by gradients, in LOCA, DINO, timm, MoCo v3, I-JEPA and lightly.
 TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 
 
 class Weights(dict):
-    """State dict of an encoder ('encoder.blocks.0...') or of a whole LOCA, as found in a file.
+    """State dict of a LOCA as found in a file: 'encoder...' and, if there, 'predictor...' and 'head...'.
 
-    sizes: the matching arguments of ViT. heads_assumed: whether the number of heads is assumed because the
-    file does not state it. notes: what was found, one line each.
+    sizes: the arguments of the matching ViT. heads_assumed: whether the file does not state the number of heads.
+    prefix: what precedes the ViT's names in the file, such as 'teacher_weights.'.
     """
 
-    def __init__(self, state, sizes, notes, heads_assumed=False):
+    def __init__(self, state, sizes, heads_assumed, prefix):
         super().__init__(state)
-        self.sizes, self.notes, self.heads_assumed = sizes, notes, heads_assumed
+        self.sizes, self.heads_assumed, self.prefix = sizes, heads_assumed, prefix
 
 
-def load_weights(path, branch="student"):
-    """Read weights from a file -> Weights: a state dict with LOCA's parameter names, and the ViT's sizes.
+def load_weights(path, branch="teacher"):
+    """Read the weights of a LOCA or of a plain ViT from a file -> Weights.
 
-    Reads this project's checkpoints, the published flax files (needs msgpack), and PyTorch or safetensors
-    files of ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'student'
-    or 'teacher', for files that hold both. Raises OSError, ImportError, or ValueError if the file holds none
-    of these.
+    Reads this project's checkpoints, the authors' flax files (needs msgpack), and PyTorch or safetensors files
+    of ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'teacher' or
+    'student', for files that hold both. The encoder must be complete; other entries may be there or not.
+    Raises OSError, ImportError, or a one-line ValueError that says what is wrong with the file.
     """
-    with open(path, "rb") as file:
-        start = file.read(9)
     try:
-        if start[:2] in (b"PK", b"\x80\x02"):  # the two formats of torch.save
-            return _find_vit(read_torch_file(path), branch)
-        if start[8:9] == b"{":
-            return _find_vit(import_optional("safetensors.torch").load_file(path), branch)
-        return _find_published(path, branch)
+        return _find_vit(read_entries(path), branch)
     except (OSError, ImportError):
         raise
     except Exception as error:  # a damaged file can make a reader raise anything
@@ -655,16 +651,15 @@ def load_vit(path, branch="teacher", **changes):
     weights = load_weights(path, branch)
     encoder = ViT(**{**weights.sizes, **changes})
     if weights.heads_assumed and "heads" not in changes:
-        warnings.warn(
-            f"{path} does not state the number of heads; {encoder.heads} assumed; pass heads=N to change it"
-        )
+        warnings.warn(f"{path} does not state the number of heads; {encoder.heads} assumed (heads=N)")
     load_encoder(encoder, weights)
     return encoder.eval()
 
 
 @torch.no_grad()
 def load_encoder(encoder, state):
-    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> a summary.
+    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> the names of those
+    that it has no use for, such as other projects' heads.
 
     The position embedding is resized to the ViT's grid. A class token is dropped if the ViT has none. Raises
     ValueError, and changes nothing, if weights for part of the ViT are missing or if the ViT lacks parts of
@@ -673,52 +668,47 @@ def load_encoder(encoder, state):
     sizes = getattr(state, "sizes", None) or _vit_sizes(state)
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
-    own, notes, has_token = encoder.state_dict(), [], "cls_token" in state
+    has_token = "cls_token" in state
     token, patches = state["pos_embed"].tensor_split([int(has_token)], dim=1)  # 1,0 or 1,D and 1,N,D
     if grid != encoder.grid:
         patches = resize_position_embedding(patches.float(), grid, encoder.grid)
-        notes.append("position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
     if has_token and encoder.cls_token is None:
         del state["cls_token"]
         token = token[:, :0]
-    if has_token:
-        notes.append(f"class token {'dropped' if encoder.cls_token is None else 'kept'}")
     state["pos_embed"] = torch.cat([token, patches], dim=1)
-    # The parts of a ViT must match exactly; other projects' heads, decoders and buffers are ignored.
-    vit_parts = r"(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
-    unused = [key for key in state if key not in own and not re.match(vit_parts, key)]
-    problem = _differences(own, {key: value for key, value in state.items() if key not in unused})
+    own = encoder.state_dict()
+    problem = _differences(own, state)
     if problem:
         raise ValueError(f"the weights do not fit this encoder of {len(own)} tensors; {problem}")
     encoder.load_state_dict({key: state[key] for key in own})
-    notes += [f"not used: {_some(unused)}"] if unused else []
-    return "; ".join([f"{len(own)} tensors loaded", *notes])
+    return sorted(state.keys() - own.keys())
 
 
 def published_to_state_dict(flat):
-    """State dict of a LOCA from published parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}.
-    Raises a ValueError that names the missing or unknown parameters."""
-    state = {}
-    for name, value in flat.items():
-        value, is_kernel = torch.as_tensor(value), name.endswith("/kernel")
-        if name.startswith("ToTokenSequence_0/embedding") and is_kernel:
-            value = value.permute(3, 2, 0, 1)  # height,width,in,out -> out,in,height,width
-        elif name.endswith("posembed_input"):
-            value = value.reshape(1, -1, value.shape[-1])  # 1,N,D
-        elif is_kernel:  # in,out; in,heads,head width; for attention's output heads,head width,out
-            value = value.flatten(0, -2).T if name.endswith("/out/kernel") else value.flatten(1).T
-        elif name.endswith("/bias"):
-            value = value.flatten()
-        state[_rename(name, PUBLISHED_NAMES)] = value.contiguous()
-    state = _merge_qkv(state)
-    # A LOCA on the meta device gives the expected names: the state must have these and no others.
-    with torch.device("meta"):
-        encoder = ViT(**_vit_sizes(state, heads=1))
-        own = LOCA(encoder, prototypes=int("head.fc1.weight" in state)).state_dict()
-    problem = _differences(own, state, shapes=False)
-    if problem:
-        raise ValueError(f"these are not the parameters of a published LOCA; {problem}")
-    return state
+    """State dict of a LOCA from the authors' parameters, {'encoderblock_0/LayerNorm_0/scale': array, ...}."""
+    flat = {name.replace("/", "."): torch.as_tensor(value) for name, value in flat.items()}
+    return _to_our_names(flat, OFFERED_NAMES + RELEASED_NAMES)
+
+
+def read_entries(path):
+    """All entries of a weights file by name, {'teacher.encoder.norm.weight': tensor, 'step': 3, ...}; the names in
+    nested dicts are joined by dots. In a folder, reads its only weights file. Errors as in load_weights."""
+    if os.path.isdir(path):
+        files = [file for file in os.listdir(path) if file in ("model.safetensors", "pytorch_model.bin")]
+        if len(files) != 1:
+            raise ValueError("it is a folder; give the file in it that holds the weights")
+        path = os.path.join(path, files[0])
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[:2] in (b"PK", b"\x80\x02"):  # the two formats of torch.save
+        tree = read_torch_file(path)
+    elif start[8:9] == b"{":
+        tree = import_optional("safetensors.torch").load_file(path)
+    else:
+        tree = read_flax_file(path)
+    if not isinstance(tree, dict):
+        raise ValueError(f"it holds a {type(tree).__name__}, not weights by name")
+    return dict(_leaves(tree))
 
 
 def read_torch_file(path):
@@ -728,13 +718,32 @@ def read_torch_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if unsafe:
-            raise ValueError(
-                f"it holds an object of class {unsafe[1]}, which could run code when loaded; in the program "
-                "that wrote it, save only the state dict: torch.save(model.state_dict(), FILE)"
-            ) from error
-        raise ValueError(f"it is damaged, or torch.save did not write it ({type(error).__name__})") from error
+        reason = f"it is damaged, or torch.save did not write it ({type(error).__name__})"
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it holds an object of class {unsafe[1]}, which could run code when loaded; in the "
+            reason += "program that wrote it, save only the state dict: torch.save(model.state_dict(), FILE)"
+        elif "TorchScript" in str(error):
+            reason = "it is a TorchScript program; save only the state dict of torch.jit.load(FILE)"
+        elif zipfile.is_zipfile(path) and ".npy" in str(zipfile.ZipFile(path).namelist()):
+            reason = "it is a NumPy archive (.npz); if timm has this model, use --encoder timm:NAME"
+        raise ValueError(reason) from error
+
+
+def read_flax_file(path):
+    """The nested dicts in a flax file (msgpack). Entries of unknown types are None. ValueError if damaged."""
+    msgpack = import_optional("msgpack")
+
+    def array(code, payload):  # code 1: an array, 3: a numpy scalar, both as (shape, dtype name, bytes)
+        shape, dtype, buffer = msgpack.unpackb(payload) if code in (1, 3) else (None, "", b"")
+        if buffer and hasattr(torch, dtype):
+            return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
+
+    try:
+        with open(path, "rb") as file:
+            return msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
+    except Exception as error:  # a damaged file can make msgpack or torch raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"it is damaged, or no PyTorch, safetensors or flax file ({reason})") from error
 
 
 def import_optional(name):
@@ -742,12 +751,11 @@ def import_optional(name):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
-        raise ImportError(f"this needs the package {package}: pip install {package}") from error
+        raise ImportError("this needs the package {0}: pip install {0}".format(name.split(".")[0])) from error
 
 
-def _leaves(tree, separator, prefix=""):
-    """(path, tensor) of all tensors in nested dicts."""
+def _leaves(tree, prefix=""):
+    """(name, value) of all entries of nested dicts."""
     for name, value in tree.items():
         if isinstance(value, dict) and "__msgpack_chunked_array__" in value:
             # flax splits arrays over 1 GiB into chunks named "0", "1", ...; the shape's entries are too.
@@ -755,123 +763,128 @@ def _leaves(tree, separator, prefix=""):
             chunks, shape = ([part[i] for i in sorted(part, key=int)] for part in parts)
             value = torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
         if isinstance(value, dict):
-            yield from _leaves(value, separator, f"{prefix}{name}{separator}")
-        elif isinstance(value, torch.Tensor):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
             yield f"{prefix}{name}", value
 
 
-def _rename(name, table):
-    for theirs, ours in table:
-        name = re.sub(theirs, ours, name)
-    return name
+def _find_vit(entries, branch):
+    """The ViT of the wanted branch among the entries of a file, complete, and what stands beside it -> Weights."""
+    # Patch embeddings tell where in the file there are ViTs: teacher, student, an optimizer's moments. Among those
+    # of the wanted branch, take the one with the shortest prefix.
+    found = {}
+    for name, (patch, renames) in itertools.product(entries, NAMINGS.items()):
+        if name.endswith(patch) and not name.startswith("opt"):
+            found[name.removesuffix(patch)] = renames
+    if not found:
+        top = ", ".join(sorted({name.split(".")[0] for name in entries})[:20])
+        raise ValueError(f"there is no ViT in it: no entry ends in {' or '.join(NAMINGS)}; it holds {top}")
+    wanted = [prefix for prefix in found if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
+    prefix = min(wanted or found, key=len)
+    # The heads of a LOCA stand beside its encoder: here under 'encoder.', in flax files at the same level.
+    root = re.sub(r"(^|\.)encoder\.$", r"\1", prefix)
+    renames = found[prefix] or ((("", "encoder."),) if root == prefix else ())
+    tensors = {name: x for name, x in entries.items() if torch.is_tensor(x) and name.startswith(root)}
+    tensors = {name[len(root) :]: x for name, x in tensors.items()}
+    state = _to_our_names(tensors, renames)
+
+    # Our checkpoints carry their settings; in flax files, shapes tell the heads; MoCo v3's ViT-S has 12.
+    known = {"heads": entries.get("settings.heads"), "image_size": entries.get("settings.image_size")}
+    query = tensors.get("encoderblock_0.MultiHeadDotProductAttention_0.query.kernel")
+    if query is not None:
+        known["heads"] = query.shape[1]  # in,heads,head width
+        # Both branches have the same blocks: one that only the other branch has is missing here.
+        known["depth"] = 1 + max(map(int, re.findall(r"encoderblock_(\d+)", " ".join(entries))))
+    elif re.search("(momentum|base)_encoder", prefix) and state["encoder.pos_embed"].shape[-1] == 384:
+        known["heads"] = 12
+    sizes = _vit_sizes(state, **known)
+    with torch.device("meta"):
+        shapes = {f"encoder.{name}": x for name, x in ViT(**sizes).state_dict().items()}
+    problem = _differences(shapes, state, lambda name: root + _to_file_name(name, renames, tensors))
+    if problem:
+        raise ValueError(f"its encoder is not a complete plain ViT; {problem}")
+    return Weights(state, sizes, known["heads"] is None, prefix)
 
 
-def _merge_qkv(state):
-    """Join separate query, key and value layers of the encoder into timm's qkv."""
-    for name in [name for name in state if re.match(r"encoder\..*\.attn\.query\.", name)]:
-        names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in state for part in names):
-            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in names])
+def _to_our_names(tensors, renames):
+    """Tensors by name, with this file's names and layouts."""
+    state = {}
+    for name, value in tensors.items():
+        if name.endswith("embedding.kernel"):
+            value = value.permute(3, 2, 0, 1)  # height,width,in,out -> out,in,height,width
+        elif name.endswith("out.kernel"):
+            value = value.flatten(0, -2).T  # heads,head width,out -> out,in
+        elif name.endswith(".kernel"):
+            value = value.flatten(1).T  # in,out or in,heads,head width -> out,in
+        elif name.endswith(("query.bias", "key.bias", "value.bias")):
+            value = value.flatten()  # heads,head width -> out
+        for theirs, ours in renames:
+            name = name.replace(theirs, ours) if theirs else ours + name
+        if name == "encoder.pos_embed" and value.ndim == 4:
+            value = value.flatten(1, 2)  # 1,rows,columns,D -> 1,N,D
+        state[re.sub(r"\.(kernel|scale)$", ".weight", name)] = value.contiguous()
+    # Join query, key and value of the encoder, as timm does.
+    for name in [name for name in state if ".attn.query." in name]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in state for part in parts):
+            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
     return state
 
 
-def _some(names, most=6):
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _to_file_name(name, renames, tensors):
+    """What a file that holds these tensors calls a parameter of the encoder."""
+    if renames:
+        name = name.replace(".qkv.", ".query, key, value.")
+    if any(theirs.endswith(".kernel") for theirs in tensors):
+        name = re.sub("weight$", "scale" if "norm" in name else "kernel", name)
+    offered = any(old in theirs for theirs in tensors for old, _ in OFFERED_NAMES)
+    for theirs, ours in reversed(renames):
+        if offered or (theirs, ours) not in OFFERED_NAMES:
+            name = name.replace(ours, theirs)
+    return name
 
 
-def _differences(own, state, shapes=True):
-    """How a state dict differs from a module's own: missing, misshapen and unknown names; '' if it fits."""
-    shared = own.keys() & state.keys()
-    lists = {
-        "missing": own.keys() - state.keys(),
-        "with a different shape": [key for key in shared if shapes and own[key].shape != state[key].shape],
-        "unknown": state.keys() - own.keys(),
-    }
-    return "; ".join(f"{what}: {_some(names)}" for what, names in lists.items() if names)
-
-
-def _vit_sizes(state, heads=None, image_size=None):
+def _vit_sizes(state, heads=None, image_size=None, depth=None):
     """The arguments of ViT that match a state dict. Its tensors do not determine `heads` and `image_size`. If
     None, `heads` is the usual number for the width, and the image is square."""
-    try:
-        kernel, hidden = state["encoder.patch_embed.proj.weight"], state["encoder.blocks.0.mlp.fc1.weight"]
-        tokens = state["encoder.pos_embed"].shape[1] - int("encoder.cls_token" in state)
-    except KeyError as error:
-        raise ValueError(f"its entries are not those of a plain ViT: {error} is missing") from error
+    kernel, missing = state["encoder.patch_embed.proj.weight"], torch.empty(1, 1)
+    hidden = state.get("encoder.blocks.0.mlp.fc1.weight", missing)
+    tokens = state.get("encoder.pos_embed", missing).shape[1] - ("encoder.cls_token" in state)
     dim, patch_size, side = len(kernel), kernel.shape[-1], math.isqrt(tokens)
-    if heads is None:
-        heads = {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
     if image_size is None and side**2 != tokens:
-        raise ValueError(
-            f"its position embedding has {tokens} patch tokens, not a square number; a rectangular grid, or "
-            "a ViT with register or distillation tokens, cannot be read from such a file"
+        problem = (
+            f"its position embedding has {tokens} patch tokens, not a square number: a rectangular grid, "
         )
+        raise ValueError(f"{problem}or register or distillation tokens; such a file cannot be read")
     image_size = image_size or side * patch_size
+    usual_heads = {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
+    numbers = [re.match(r"encoder\.blocks\.(\d+)\.", name) for name in state]
     return {
         "image_size": (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
         "patch_size": patch_size,
         "dim": dim,
-        "depth": sum(bool(re.fullmatch(r"encoder\.blocks\.\d+\.norm1\.weight", name)) for name in state),
-        "heads": heads,
+        "depth": depth or 1 + max((int(number[1]) for number in numbers if number), default=-1),
+        "heads": heads or usual_heads,
         "mlp_dim": len(hidden),
         "class_token": "encoder.cls_token" in state,
     }
 
 
-def _find_vit(tree, branch):
-    """Find the ViT in the contents of a PyTorch or safetensors file, at any level of nesting -> Weights."""
-    flat, notes = dict(_leaves(tree, ".")) if isinstance(tree, dict) else {}, []
-    prefixes = [key[: match.start()] for key in flat if (match := PATCH_WEIGHT.search(key))]
-    if not prefixes:
-        raise ValueError("there is no ViT in it: no entry is named patch_embed.proj.weight")
-    # A file may hold several ViTs, such as teacher and student: among those of the requested branch,
-    # take the one with the shortest prefix.
-    wanted = [prefix for prefix in prefixes if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
-    prefix = min(wanted or prefixes, key=len)
-    if prefix:
-        found = "teacher" if TEACHER_NAME.search(prefix) else "student"
-        notes.append(f"branch: {found} ({prefix.rstrip('.')})")
-    state = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
-    if "patch_embed.proj.weight" not in state:
-        state = {_rename(name, HUGGING_FACE_NAMES): value for name, value in state.items()}
-    state = _merge_qkv({f"encoder.{name}": value for name, value in state.items()})
-
-    # This project's checkpoints carry their settings, which give the number of heads and the image size.
-    settings = tree["settings"] if isinstance(tree.get("settings"), dict) else {}
-    heads, image_size = settings.get("heads"), settings.get("crop") or settings.get("image_size")
-    if re.search("(momentum|base)_encoder", prefix) and len(state["encoder.patch_embed.proj.weight"]) == 384:
-        heads = 12  # MoCo v3's ViT-S
-    sizes = _vit_sizes(state, heads, image_size)
-    # The student of a LOCA also has a predictor, its teacher a head, which names its prototypes.
-    root = prefix.removesuffix("encoder.")
-    if f"{root}predictor.norm_query.weight" in flat or f"{root}head.prototypes.weight" in flat:
-        parts = (f"{root}predictor.", f"{root}head.")
-        state |= {key.removeprefix(root): value for key, value in flat.items() if key.startswith(parts)}
-    return Weights(state, sizes, notes, heads_assumed=heads is None)
+def _differences(own, state, to_file_name=str):
+    """How a state dict differs from a ViT's own: missing, misshapen and unknown parameters; '' if it fits. Other
+    projects' heads, decoders and buffers do not count."""
+    part_of_vit = r"(encoder\.)?(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
+    lists = {
+        "missing": own.keys() - state.keys(),
+        "with a different shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+        "unknown": [key for key in state if key not in own and re.match(part_of_vit, key)],
+    }
+    shown = {problem: sorted(map(to_file_name, names)) for problem, names in lists.items() if names}
+    return "; ".join(
+        f"{problem}: {', '.join(names[:6])}{' ...' * (len(names) > 6)}" for problem, names in shown.items()
+    )
 
 
-def _find_published(path, branch):
-    """The parameters in a published file (flax's msgpack) -> Weights."""
-    msgpack = import_optional("msgpack")
-
-    def array(code, payload):
-        if code not in (1, 3):  # 1: an array, 3: a numpy scalar, both as (shape, dtype name, bytes)
-            return None
-        shape, dtype, buffer = msgpack.unpackb(payload)
-        dtype = getattr(torch, dtype)
-        return (
-            torch.frombuffer(bytearray(buffer), dtype=dtype).reshape(shape) if buffer else torch.empty(shape)
-        )
-
-    name = "ema_params" if branch == "teacher" else "params"
-    try:
-        with open(path, "rb") as file:
-            tree = msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
-        flat = dict(_leaves(tree[name], "/"))
-    except Exception as error:  # a damaged file can make msgpack or torch raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"it is not a PyTorch, safetensors or published flax file ({reason})") from error
-    state = published_to_state_dict(flat)
-    heads = flat["encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"].shape[1]  # in,heads,head width
-    return Weights(state, _vit_sizes(state, heads), [f"branch: {branch} ({name})"])
+if __name__ == "__main__":  # python loca.py FILE prints what a weights file holds
+    for entry, content in read_entries(sys.argv[1]).items():
+        print(entry, tuple(content.shape) if torch.is_tensor(content) else content)

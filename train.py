@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -499,45 +500,80 @@ def to_views(batch, args, random_colors=True):
 # --------------------------------------------------------------------- model, optimizer, schedules, precision
 
 
+def build_encoder(args, image_size, **more):
+    """The encoder that the settings of either script describe; another backbone is built here. `more` are further
+    arguments of ViT. Raises ValueError if sizes do not fit together.
+
+    Here, a backbone needs patch_size, grid, dim, heads, mlp_dim and forward(images, keep, position), explained in
+    loca.ViT; in finetune_seg.py, patch_size, dim and forward(images).
+    """
+    sizes = {name: getattr(args, name) for name in loca.SIZES["B/16"]}
+    return loca.ViT(image_size, **sizes, drop_path=args.drop_path, **more)
+
+
 def build_model(args):
     """The LOCA that the settings describe, on the CPU. Raises ValueError if sizes do not fit together."""
-    sizes = (args.patch_size, args.dim, args.depth, args.heads, args.mlp_dim)
-    encoder = loca.ViT(args.image_size, *sizes, drop_path=args.drop_path)
+    encoder = build_encoder(args, args.image_size)
     encoder.grad_checkpoint = args.grad_checkpoint
     if args.position_std:
         nn.init.normal_(encoder.pos_embed, std=args.position_std)
-    names = (
-        "head_hidden", "bottleneck", "masking_ratio", "masking", "query_tokens", "student_temperature",
-        "teacher_temperature", "position_weight", "feature_weight", "single_image",
-    )  # fmt: skip
-    prototypes = args.prototypes if args.feature_weight and not args.single_image else 0
-    return loca.LOCA(encoder, prototypes, **{name: getattr(args, name) for name in names})
+    # The settings of LOCA are the flags of the same names.
+    names = [name for name in inspect.signature(loca.LOCA).parameters if hasattr(args, name)]
+    return loca.LOCA(encoder, **{name: getattr(args, name) for name in names})
+
+
+def init_encoder(encoder, path, branch):
+    """Load the encoder of a branch from the file of --init, and say what was loaded -> loca.Weights. Exits with an
+    error if it does not fit."""
+    try:
+        weights = loca.load_weights(path, branch)
+        sizes = weights.sizes
+        if not weights.heads_assumed and sizes["heads"] != encoder.heads:
+            raise ValueError(f"its encoder has {sizes['heads']} heads, not {encoder.heads}")
+        unused = loca.load_encoder(encoder, weights)
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"--init {path}: {error}")
+    grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
+    token = "class token dropped" if encoder.cls_token is None else "class token kept"
+    notes = [
+        f"{branch} ({weights.prefix.rstrip('.') or 'the only branch'})",
+        f"{len(encoder.state_dict())} tensors loaded",
+        grid != encoder.grid
+        and "position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid),
+        sizes["class_token"] and token,
+        unused and f"not used: {', '.join(unused[:6])}{' ...' * (len(unused) > 6)}",
+        weights.heads_assumed and f"heads assumed: {encoder.heads}; set --heads to change it",
+    ]
+    say(f"--init {path}: {'; '.join(filter(None, notes))}")
+    return weights
+
+
+def init_head(head, weights, prefix):
+    """Load the projection head or the predictor if the weights hold all of it -> what was done, in words."""
+    own = head.state_dict()
+    state = {name: weights[prefix + name] for name in own if prefix + name in weights}
+    fresh = sorted(own.keys() - state.keys())
+    # The files that the authors offer may lack the predictor's last norm.
+    if any(not name.startswith("norm.") for name in fresh):
+        return "starts from scratch: it is not, or not completely, in the file"
+    if any(state[name].shape != own[name].shape for name in state):
+        return "starts from scratch: its sizes in the file differ"
+    # The head in loca_vbase_imnet1k has shrunk to about 1e-30: it would never learn again.
+    if any(x.abs().max() < 1e-12 for x in state.values() if x.ndim > 1):
+        return "starts from scratch: it is zero in the file"
+    head.load_state_dict({**own, **state})
+    return "loaded" + (f", but {', '.join(fresh)} starts from scratch" if fresh else "")
 
 
 def init_from(path, model, teacher):
-    """Initialize the student from the file's student and the teacher from its teacher: the whole encoder, and
-    those tensors of the head and the predictor that fit. Yields one summary line per branch; exits
-    with an error if the encoder does not fit."""
+    """Initialize the student from the file's student and the teacher from its teacher, and say how. The whole
+    encoder is loaded, or the process exits with an error; the heads are loaded if they are complete and fit."""
     for branch, module in (("student", model), ("teacher", teacher)):
-        if module is None:
-            continue
-        try:
-            weights = loca.load_weights(path, branch)
-            if not weights.heads_assumed and weights.sizes["heads"] != model.encoder.heads:
-                raise ValueError(f"its encoder has {weights.sizes['heads']} heads, not {model.encoder.heads}")
-            notes = [*weights.notes, loca.load_encoder(module.get_submodule("encoder"), weights)]
-            if weights.heads_assumed:
-                notes.append(f"heads assumed: {model.encoder.heads}; set --heads to change it")
-        except (OSError, ValueError, ImportError) as error:
-            fail(f"--init {path}: {error}")
-        own = {k: v for k, v in module.state_dict().items() if not k.startswith("encoder.")}
-        fitting = {k: weights[k] for k in own if k in weights and weights[k].shape == own[k].shape}
-        module.load_state_dict({**module.state_dict(), **fitting})
-        # Name the layers that did not fit, or the whole head or predictor if none of its layers did.
-        parts = {k.split(".")[0] for k in fitting}
-        left = [k for k in own if k not in fitting]
-        new = {k.rpartition(".")[0] if k.split(".")[0] in parts else k.split(".")[0] for k in left}
-        yield f"{branch}: {'; '.join(notes)}; initialized from scratch: {', '.join(sorted(new)) or 'nothing'}"
+        if module is not None:
+            weights = init_encoder(module.get_submodule("encoder"), path, branch)
+            for name, head in module.named_children():
+                if name != "encoder":
+                    say(f"--init {path}: {branch}'s {name} {init_head(head, weights, f'{name}.')}")
 
 
 def compile_parts(model, teacher):
@@ -559,6 +595,13 @@ def weight_decay_groups(model, weight_decay):
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+# (parameter groups, learning rate) -> optimizer. --optimizer offers every entry, in both scripts.
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),  # as in Segmenter
+}
 
 
 def learning_rate(step, steps, warmup, peak):
@@ -640,7 +683,7 @@ def end_processes():
 
 def sum_over_processes(values, device):
     """Sum a list or tensor of numbers over all processes -> list of floats. The host waits for the device."""
-    return loca.sum_over_devices(torch.as_tensor(values, device=device)).tolist()
+    return loca.sum_over_processes(torch.as_tensor(values, device=device)).tolist()
 
 
 @contextlib.contextmanager
@@ -854,6 +897,7 @@ def evaluate(model, teacher, images, args, rank, world_size, device):
     for _, views in held_out_batches(images, args, device, range(len(images))[rank::world_size][:count]):
         with autocast(args.precision, device):
             losses = model(views, teacher)
+            # Every fourth token is enough to tell how spread out the features are.
             tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
         sums = sums + len(views["focal"]) * torch.stack([value.float() for value in losses.values()])
     both.train()
@@ -879,17 +923,38 @@ def feature_spread(tokens):
     return {"feature_std": float(unit.std(0).norm()), "effective_rank": float(entropy.exp())}
 
 
-def warnings_of(record, done, total_steps, chances, prototypes):
-    """Yield (kind, text) for metrics that show that a run is not learning; `chances`: chance level of each
-    loss by name."""
+def chance_levels(model):
+    """What a model that has learned nothing scores in the entries of LOCA's dict, as far as that is known. Losses of
+    weight 0 are left out."""
+    levels = {
+        "position_accuracy": 1 / model.positions,
+        "position_distance": random_distance(model.encoder.grid),
+    }
+    if model.position_weight:
+        levels["position_loss"] = math.log(model.positions)
+    if model.head is not None:
+        levels["cross_entropy"] = math.log(model.head.prototypes.out_features)
+    return levels
+
+
+def terms(record, names, chances):
+    """The named entries of a record, each beside its chance level if it has one, as text."""
+    shown = [f"{name} {record[name]:.3g}" for name in names]
+    chance = [f" (chance {chances[name]:.3g})" if name in chances else "" for name in names]
+    return " | ".join(map("".join, zip(shown, chance)))
+
+
+def warnings_of(record, done, total_steps, chances):
+    """Yield (kind, text) for metrics that show that a run is not learning; `chances` from chance_levels."""
     # A run needs some steps before its metrics mean anything.
     if done > max(200, total_steps // 4):
-        for name, chance in chances.items():
-            if record.get(name, 0) > 0.99 * chance:
+        for name in chances.keys() & {"position_loss", "cross_entropy"}:
+            if record[name] > 0.99 * chances[name]:
                 yield "chance", f"a quarter of the steps are done and {name} is still at chance"
-    used = record["prototype_perplexity"]
-    if prototypes and done > 200 and used < 0.02 * prototypes:
-        yield "collapse", f"the predictions use {used:.0f} of {prototypes} prototypes"
+    if done > 200 and "cross_entropy" in chances:
+        used, prototypes = record["prototype_perplexity"], math.exp(chances["cross_entropy"])
+        if used < 0.02 * prototypes:
+            yield "collapse", f"the predictions use {used:.0f} of {prototypes:.0f} prototypes"
     if record.get("feature_std", 1) < 0.05 or record.get("effective_rank", 2) < 2:
         yield "collapse", "the features are nearly the same everywhere"
 
@@ -930,10 +995,10 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
     """Draw held-out images as puzzles, one a row. All patches of the random query are placed."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     batch, views = next(held_out_batches(images, args, device, range(min(rows, len(images)))))
-    context, _ = model.encode_reference(views, teacher)
+    tokens = teacher.encoder(views["reference"]) if model.needs_teacher else None  # B,N,D
+    context = model.encode_context(views["reference"], tokens, model.choose_visible(device))
     views["focal"] = views["focal"][:, :0]
-    everything = torch.arange(model.positions, device=device)
-    queries, targets = model.encode_queries(views, everything, position=teacher is not None)
+    queries, targets = model.encode_queries(views, torch.arange(model.positions, device=device))
     predicted = model.predictor(queries, context).argmax(-1)  # B,N
     both.train()
 
@@ -981,12 +1046,10 @@ def main(args, images=None):
     # ---- student, teacher, optimizer ----
     seed_all(args.seed)
     model = build_model(args).to(device)
-    teacher = loca.make_teacher(model) if model.head else None  # None: position loss alone
+    teacher = loca.make_teacher(model) if model.needs_teacher else None
     if args.init:
-        for line in init_from(args.init, model, teacher):
-            say(f"--init {args.init}, {line}")
-    groups = weight_decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+        init_from(args.init, model, teacher)
+    optimizer = OPTIMIZERS[args.optimizer](weight_decay_groups(model, args.weight_decay), lr=peak_lr)
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
@@ -1002,9 +1065,7 @@ def main(args, images=None):
         net = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
 
     # ---- log ----
-    # Chance levels are printed next to the losses, to show at a glance whether the model is learning.
-    chances = {"position_loss": math.log(model.positions)} if args.position_weight else {}
-    chances |= {"cross_entropy": math.log(args.prototypes)} if teacher else {}
+    chances = chance_levels(model)  # printed beside what is measured, to show whether the model is learning
     meter, log = Meter(device, world_size), Log(out, start_step, args.tensorboard) if rank == 0 else None
     if rank == 0:
         write_json(out / "settings.json", vars(args))
@@ -1063,27 +1124,25 @@ def main(args, images=None):
             check_finite(record, done, rank)
             stopping = sum_over_processes([float(stop.signal is not None)], device)[0] > 0
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
-            terms = [f"{name} {record[name]:.3f} (chance {at:.2f}) | " for name, at in chances.items()]
             say(
-                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | loss {record['loss']:.3f} | "
-                f"{''.join(terms)}accuracy {record['position_accuracy']:.1%} | lr {record['lr']:.1e} | "
-                f"{record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
-                f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(seconds_left))} left"
+                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {terms(record, losses, chances)}"
+                f" | lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for data "
+                f"{record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | "
+                f"{timedelta(seconds=round(seconds_left))} left"
             )
             if evaluate_now and len(val_images) >= world_size and not (stopping and done < total_steps):
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
                     record |= evaluate(model, teacher, val_images, args, rank, world_size, device)
                 accuracy = record["val_position_accuracy"]
                 say(
-                    f"held out: position accuracy {accuracy:.2%} (chance {1 / model.positions:.2%}), "
+                    f"held out: position accuracy {accuracy:.2%} (chance {chances['position_accuracy']:.2%}), "
                     f"{record['val_position_distance']:.2f} patches off (a random guess: "
-                    f"{random_distance(model.encoder.grid):.2f}), loss {record['val_position_loss']:.3f} | "
+                    f"{chances['position_distance']:.2f}), loss {record['val_position_loss']:.3f} | "
                     f"features: spread {record['feature_std']:.2f} of 1, effective rank "
-                    f"{record['effective_rank']:.0f} of {args.dim}"
+                    f"{record['effective_rank']:.0f} of {model.encoder.dim}"
                 )
                 meter.reset()  # do not count the time of the evaluation
-            used = args.prototypes if teacher else 0
-            for kind, text in warnings_of(record, done, total_steps, chances, used):
+            for kind, text in warnings_of(record, done, total_steps, chances):
                 if kind not in warned:
                     warned.add(kind)
                     say(f"warning: {text}; see Questions in the README")
@@ -1197,7 +1256,7 @@ def make_parser():
     g.add_argument("--image-size", type=positive_int, default=224, help="side of the reference and the random query, pixels")
     g.add_argument("--focal-size", type=positive_int, default=96, help="side of the focal queries, pixels")
     g.add_argument("--focal", type=int_or_0, default=9, help="focal queries per image; fewer is faster")
-    g.add_argument("--query-tokens", type=positive_int, help="tokens of the random query that are encoded; default: 5/14 of them")
+    g.add_argument("--query-tokens", type=int_or_0, default=0, help="tokens of the random query that are encoded; 0: 5/14 of them")
     g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="smallest and largest share of the image area that the reference and the random query cover")
     g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="smallest and largest share of the image area that a focal query covers")
     g.add_argument("--blur", **yes_no, help="blur views as the paper intends; the released code never blurs")
@@ -1228,9 +1287,10 @@ def make_parser():
     g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory; Sinkhorn sees one at a time")
     g.add_argument("--lr", type=positive_float, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024")
     g.add_argument("--warmup-epochs", type=float_or_0, default=15.0, help="epochs of linear warm-up, at most half the run")
-    g.add_argument("--weight-decay", type=float_or_0, default=0.1, help="weight decay of AdamW, for matrices only")
+    g.add_argument("--optimizer", default="adamw", choices=list(OPTIMIZERS), help="adamw, as published, needs no tuning of --lr")
+    g.add_argument("--weight-decay", type=float_or_0, default=0.1, help="weight decay, for matrices only")
     g.add_argument("--clip", type=float_or_0, default=1.0, help="maximum gradient norm; 0: no clipping")
-    g.add_argument("--momentum", type=share_or_0, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
+    g.add_argument("--momentum", "--teacher-momentum", type=share_or_0, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
     g = add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run found there is resumed")
     g.add_argument("--compile", **yes_no, help="torch.compile the blocks, the predictor and the feature loss: slow start, faster on GPUs")
@@ -1257,11 +1317,13 @@ def settle_batch(args, parser):
         args.workers = max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def parse_args(arguments=None):
-    """The command line -> settings, checked before any data is read. Any preset value can be overridden."""
+def parse_args(arguments=None, own_images=False):
+    """The command line -> settings, checked before any data is read. Any preset value can be overridden.
+    own_images: main gets images of your own, so without --data the preset is not that of the drawn scenes."""
     parser = make_parser()
     given = parser.parse_args(arguments, argparse.Namespace(epochs=None))  # None unless --epochs is given
-    preset = SMALL_PRESET if given.small else SCENES_PRESET if given.data is None else {}
+    scenes = given.data is None and not own_images
+    preset = SMALL_PRESET if given.small else SCENES_PRESET if scenes else {}
     preset = {**loca.SIZES["B/16"], **preset}
     if given.init:  # its sizes are the defaults
         try:

@@ -637,20 +637,33 @@ class Whole(Dataset):
 # --------------------------------------------------------------------------------------------------- model
 
 
-class Segmenter(nn.Module):
-    """A ViT and a linear layer on its patch tokens: images [B, 3, H, W] -> class logits float32 [B, C, H, W].
+def linear_decoder(dim, classes):
+    """Segmenter's decoder: tokens [B, N, D] -> class logits [B, N, C]."""
+    decoder = nn.Linear(dim, classes)
+    nn.init.trunc_normal_(decoder.weight, std=0.02)
+    nn.init.zeros_(decoder.bias)
+    return decoder
 
-    encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. frozen: the
-    encoder is not trained; it stays in evaluation mode and gets no gradients (linear probe).
+
+# (width of the tokens, number of classes) -> module, tokens [B, N, D] -> class logits [B, N, C]. --decoder offers
+# every entry.
+DECODERS = {"linear": linear_decoder}
+
+
+class Segmenter(nn.Module):
+    """A ViT and a decoder on its patch tokens: images [B, 3, H, W] -> class logits float32 [B, C, H, W].
+
+    encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. decoder: a key of
+    DECODERS. frozen: the encoder is not trained; it stays in evaluation mode and gets no gradients (linear
+    probe). Otherwise its parameters are trained as their requires_grad says.
     """
 
-    def __init__(self, encoder, classes, frozen=False):
+    def __init__(self, encoder, classes, frozen=False, decoder="linear"):
         super().__init__()
         self.encoder, self.frozen = encoder, frozen
-        self.decoder = nn.Linear(encoder.dim, classes)
-        nn.init.trunc_normal_(self.decoder.weight, std=0.02)
-        nn.init.zeros_(self.decoder.bias)
-        encoder.requires_grad_(not frozen)
+        self.decoder = DECODERS[decoder](encoder.dim, classes)
+        if frozen:
+            encoder.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
@@ -698,75 +711,14 @@ class TimmEncoder(nn.Module):
         return self.model.fc_norm(tokens[:, self.model.num_prefix_tokens :])  # without class, register tokens
 
 
-SIZE_KEYS = tuple(loca.SIZES["B/16"])  # patch_size, dim, depth, heads, mlp_dim
-
-
 def build_model(args, classes, **from_timm):
     """The Segmenter that the settings describe, on the CPU; `from_timm` are arguments of TimmEncoder. Raises
     ValueError for sizes that do not fit together."""
     if args.encoder:
         encoder = TimmEncoder(args.encoder.removeprefix("timm:"), args.crop, args.drop_path, **from_timm)
     else:
-        sizes = [getattr(args, name) for name in SIZE_KEYS]
-        encoder = loca.ViT(args.crop, *sizes, drop_path=args.drop_path, class_token=args.class_token)
-    return Segmenter(encoder, classes, args.freeze)
-
-
-def choose_encoder(args):
-    """Set the encoder's sizes from the flags, --model, the run folder's checkpoint, --init, or B/16, in this
-    order -> the weights of --init, or None."""
-    last, keys = Path(args.out, "last.pt"), (*SIZE_KEYS, "class_token")
-    given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
-    sizes, weights = loca.SIZES["B/16"], None
-    source = args.encoder or (last if last.exists() else f"--init {args.init}")
-    try:
-        if args.encoder:
-            timm = loca.import_optional("timm")
-            with torch.device("meta"):  # only for its sizes
-                model = timm.create_model(args.encoder.removeprefix("timm:"))
-            if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
-                raise ValueError("it must be one of timm's VisionTransformer or Eva models")
-            sizes = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
-        elif last.exists():  # its weights replace those of --init
-            saved = loca.read_torch_file(last)["settings"]
-            sizes = {key: saved[key] for key in keys}
-        elif args.init != "none":
-            weights = loca.load_weights(args.init, args.branch)
-            sizes = weights.sizes
-            for note in weights.notes:
-                say(f"--init {args.init}: {note}")
-            if not weights.heads_assumed and given.get("heads", sizes["heads"]) != sizes["heads"]:
-                raise ValueError(f"its encoder has {sizes['heads']} heads, not {given['heads']}")
-            if weights.heads_assumed and "heads" not in given:
-                say(f"--init {args.init}: heads assumed: {sizes['heads']}; set --heads to change it")
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        fail(f"{source}: {error}")
-    except (KeyError, TypeError):
-        fail(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
-    # If the weights have a class token, the encoder keeps it; the decoder never sees it.
-    sizes = {"class_token": False, **sizes, **loca.SIZES.get(args.model, {}), **given}
-    for key in keys:
-        setattr(args, key, sizes.get(key))
-    return weights
-
-
-def settle_windows(args):
-    """Set crop, window and stride to [height, width]: as given, or args.usual adapted to the patch size."""
-    patch, usual = args.patch_size, args.usual
-    del args.usual  # not a setting: it must not be saved
-    args.crop = args.crop or [math.ceil(side / patch) * patch for side in usual["window"]]
-    args.window = args.window or args.crop
-    for name in ("crop", "window"):
-        sides = getattr(args, name)
-        nearest = [max(1, round(side / patch)) * patch for side in sides]
-        if sides != nearest:
-            old, new = (" ".join(map(str, x)) for x in (sides, nearest))
-            fail(f"--{name} {old} is not a multiple of the patch size {patch}: try --{name} {new}")
-    if args.stride is None:
-        sides = zip(usual["stride"], args.window, usual["window"])
-        args.stride = [max(1, step * window // old) for step, window, old in sides]
-    if any(step > side for step, side in zip(args.stride, args.window)):
-        fail("--stride {} {} must not exceed the window {} {}".format(*args.stride, *args.window))
+        encoder = train.build_encoder(args, args.crop, class_token=args.class_token)
+    return Segmenter(encoder, classes, args.freeze, args.decoder)
 
 
 def parameter_groups(model, weight_decay, layer_decay):
@@ -1011,25 +963,22 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, widt
 # -------------------------------------------------------------------------------------- evaluate and predict
 
 
-def load_segmenter(args, content, device):
-    """The model stored in a checkpoint, on the device."""
+def load_segmenter(args, device):
+    """The model in --checkpoint on the device, and the contents of the file."""
+    content = loca.read_torch_file(args.checkpoint)
     model = build_model(args, len(content["classes"]))
-    try:
-        model.load_state_dict(content["model"])
-    except RuntimeError:  # it lists every tensor that does not fit
-        fail(f"--checkpoint {args.checkpoint}: its weights do not fit the model; remove --crop")
-    return model.to(device).eval()
+    model.load_state_dict(content["model"])
+    return model.to(device).eval(), content
 
 
-def evaluate_only(args, content):
+def evaluate_only(args):
     """Evaluate a checkpoint on a split; write results.json and predictions.png."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
-    settle_windows(args)
+    model, content = load_segmenter(args, device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
     (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, classes)
-    model = load_segmenter(args, content, device)
     result = evaluate(model, source, args, len(classes), rank, world_size, device)
     protocol = protocol_of(args, args.split, len(source), len(classes))
     report(result, classes, protocol)
@@ -1038,15 +987,16 @@ def evaluate_only(args, content):
         context = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
         write_results(out / "results.json", result, classes, **context)
         draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
+    train.end_processes()
 
 
 @torch.no_grad()
-def predict(args, content):
+def predict(args):
     """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices)."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
-    settle_windows(args)
-    model, classes, palette = load_segmenter(args, content, device), content["classes"], content["palette"]
+    model, content = load_segmenter(args, device)
+    classes, palette = content["classes"], content["palette"]
     source = Path(args.predict)
     root, names = source.parent, [Path(source.name)]
     if source.is_dir():
@@ -1077,6 +1027,7 @@ def predict(args, content):
         print(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
     if train.sum_over_processes([float(failed)], device)[0] == len(names):
         fail(f"--predict {source}: none of the images could be read")
+    train.end_processes()
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -1084,50 +1035,35 @@ def predict(args, content):
 
 def main(args):
     """Fine-tune with these settings, resuming from the last checkpoint in --out if there is one."""
-    if args.eval_only or args.predict:
-        run = predict if args.predict else evaluate_only
-        run(args, args.content)
-        return train.end_processes()
-
     # ---- processes: torchrun's environment, or a single one ----
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     out = Path(args.out)
 
     # ---- data ----
-    weights = choose_encoder(args)
-    settle_windows(args)
     (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device)
     # --fraction keeps part of the training images; the settings identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
     names = "/".join(Path(image).name for image, _ in images.pairs) if args.folder else "scenes"
     args.images = f"{len(images)} images, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:8]}"
-    args.classes = len(classes)
-    epoch_images = whole if args.schedule_in == "steps" else len(images)
-    total_steps = args.steps or max(1, round(args.epochs * epoch_images / args.batch))
+    total_steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
 
     # ---- model and optimizer ----
     train.seed_all(args.seed)
     # A resumed run takes its weights from the checkpoint, regardless of --init.
-    from_timm = {}  # what TimmEncoder loads
-    if args.init == "timm":
-        from_timm = {"pretrained": True}
-    elif args.init != "none":
-        from_timm = {"file": args.init}
+    start_file = None if args.init in ("none", "timm") or (out / "last.pt").exists() else args.init
+    from_timm = {"pretrained": args.init == "timm", "file": start_file} if args.encoder else {}
     try:
-        model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else from_timm))
-        if weights is not None:
-            say(f"--init {args.init}: {loca.load_encoder(model.encoder, weights)}")
+        model = build_model(args, len(classes), **from_timm)
     except (ValueError, ImportError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]  # PyTorch's messages can list every tensor
         fail(f"{f'--encoder {args.encoder} ' if args.encoder else ''}--init {args.init}: {reason}")
+    if start_file and not args.encoder:
+        train.init_encoder(model.encoder, start_file, args.branch)
     model.to(device).train()
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    if args.optimizer == "sgd":  # as in Segmenter
-        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
-    else:
-        optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    optimizer = train.OPTIMIZERS[args.optimizer](groups, lr=args.lr)
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
@@ -1136,7 +1072,9 @@ def main(args):
     if saved and saved["classes"] != classes:
         fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
     if start_step >= total_steps:
-        say("note: this run is finished, nothing is trained; give a new run another --out")
+        say(
+            "note: this run is finished, nothing is trained; give a new run another --out, or add --eval-only"
+        )
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
@@ -1196,6 +1134,8 @@ def main(args):
                 f"data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB"
             )
             if evaluate_now and not (stopping and done < total_steps):
+                if rank == 0:  # an evaluation can fail, at a damaged photo for example
+                    train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                 say(f"evaluating {len(val_images)} images")
                 result = evaluate(model, val_images, args, len(classes), rank, world_size, device)
                 protocol = protocol_of(args, "val", len(val_images), len(classes))
@@ -1223,12 +1163,15 @@ def main(args):
 
     # ---- end ----
     train.end_processes()
-    say(f"best mIoU {best:.2%}\n{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl")
+    if best is not None:
+        say(f"best mIoU {best:.2%}")
+    say(f"{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl")
     say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
 
 
 # --------------------------------------------------------------------------------------------- command line
 
+SIZE_KEYS = tuple(loca.SIZES["B/16"])  # patch_size, dim, depth, heads, mlp_dim
 SCENES_RUN = "runs/scenes/last.pt"  # where train.py without --data saves its checkpoint
 SCENES_PRESET = {
     **{name: train.SCENES_PRESET[name] for name in SIZE_KEYS}, "base_size": 128, "crop": 96, "stride": 64, "batch": 16,
@@ -1239,10 +1182,7 @@ SMALL_PRESET = {  # goes with train.py --small
     "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
-NOT_FROM_CHECKPOINT = (  # --eval-only and --predict take the other settings from it
-    "data", "base_size", "window", "stride", "out", "device", "precision", "workers", "eval_only", "predict",
-    "checkpoint", "split", "multi_scale", "window_batch",
-)  # fmt: skip
+OF_MODEL = (*SIZE_KEYS, "encoder", "decoder", "crop", "drop_path", "freeze")  # for these, a checkpoint counts
 number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 
 
@@ -1271,14 +1211,13 @@ def make_parser():
     g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
     g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
     g.add_argument("--fraction", type=fraction, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
-    g.add_argument("--schedule-in", default="epochs", choices=["epochs", "steps"], help="with --fraction: train for --epochs over the subset, or for as many steps as with all images")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch")
+    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: those of --encoder, its default")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, if --init holds both")
     g.add_argument("--encoder", metavar="timm:NAME", help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
-    g.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="if the weights have a class token, keep it in the encoder; default: yes")
+    g.add_argument("--decoder", choices=list(DECODERS), help="what maps patch tokens to class logits; default: linear")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
     g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=positive_int, help="side of a patch, pixels")
@@ -1297,7 +1236,7 @@ def make_parser():
     g.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
     g.add_argument("--batch", type=positive_int, help="images per step, over all devices and micro-batches")
     g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory")
-    g.add_argument("--optimizer", choices=["sgd", "adamw"], help="default: sgd, as in Segmenter; adamw is easier on small data")
+    g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: sgd, as in Segmenter; adamw is easier on small data")
     g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
     g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
     g.add_argument("--layer-decay", type=share, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
@@ -1320,7 +1259,7 @@ def choose_preset(given, name):
     """The defaults of a run: those of the data set, of the drawn scenes or of --small."""
     data = DATASETS.get(name)
     keys = ("base_size", "crop", "stride", "batch", "lr", "epochs")
-    preset = {"optimizer": "sgd", "init": "none", "out": f"runs/finetune_{name}"}
+    preset = {"optimizer": "sgd", "init": "none", "decoder": "linear", "out": f"runs/finetune_{name}"}
     preset |= {key: getattr(data, key) for key in keys} if data else SCENES_PRESET
     preset |= SMALL_PRESET if given.small else {}
     if given.encoder:
@@ -1339,71 +1278,121 @@ def choose_preset(given, name):
     return preset
 
 
-def parse_args(arguments=None):
-    """The command line -> settings. Those not given come from the preset of the data set or of --small, or
-    from the checkpoint of --eval-only and --predict."""
-    parser = make_parser()
-    given = parser.parse_args(arguments)
-    name, _, folder = (given.data or "scenes:").partition(":")
-    preset, content = choose_preset(given, name), None
-    usual = {"window": [preset.pop("crop")] * 2, "stride": [preset.pop("stride")] * 2}
-    if given.checkpoint and not (given.eval_only or given.predict):
-        parser.error("--checkpoint works only with --eval-only or --predict; use --init for initial weights")
-    if given.eval_only or given.predict:
-        path = given.checkpoint or (given.eval_only and Path(given.out or preset["out"], "best.pt"))
-        if not path or not os.path.isfile(path):
-            parser.error(f"--checkpoint {path or 'FILE'}: no such file; give the best.pt of a run")
-        content = read_checkpoint(path, parser)
-        saved = content["settings"]
-        if given.data is None:
-            name, folder = saved["name"], saved["folder"]
-        if given.eval_only and folder and not os.path.isdir(folder):
-            parser.error(f"the checkpoint's data folder {folder} does not exist; give --data NAME:DIR")
-        for key in ("model", *SIZE_KEYS):
-            if getattr(given, key) not in (None, saved[key]):
-                parser.error(f"{train.flag(key)}: the checkpoint sets the model's sizes; remove this flag")
-        if name == saved["name"]:  # otherwise the other data set's sizes count
-            usual = {key: saved[key] for key in usual}
-            preset |= {"base_size": saved["base_size"], "window": None if given.crop else saved["window"]}
-        preset |= {key: value for key, value in saved.items() if key not in NOT_FROM_CHECKPOINT}
-        out = "predictions" if given.predict else str(Path(path).parent)
-        preset |= {"out": out, "checkpoint": str(path), "workers": 2}
-    if given.classes and name != "folder":
-        parser.error("--classes works only with --data folder:DIR")
-    parser.set_defaults(**preset)
-    args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None, usual=usual))
-    for flag in ("crop", "window", "stride"):
-        sides = getattr(args, flag)
-        if sides and len(sides) > 2:
-            parser.error(f"--{flag} {' '.join(map(str, sides))}: give a side, or height and width")
-        setattr(args, flag, sides and (sides * 2)[:2])  # one side is both height and width
-    if content is not None:
-        args.content = content
-    else:
-        train.settle_batch(args, parser)
-        if args.init not in ("none", "timm") and not os.path.isfile(args.init):
-            parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
-    if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
-        parser.error(f"--split test: {name} has no test split with masks")
-    if args.split != "val" and not args.eval_only:
-        parser.error(f"--split {args.split}: training is evaluated on val; add --eval-only")
-    if args.predict and not os.path.exists(args.predict):
-        parser.error(f"--predict {args.predict}: no such file or folder")
-    if args.encoder and not args.encoder.startswith("timm:"):
-        parser.error(f"--encoder {args.encoder}: give timm:NAME")
-    return args
-
-
-def read_checkpoint(path, parser):
-    """The contents of a checkpoint of this script. Exits with an error if the file is something else."""
+def settings_of_checkpoint(path, parser):
+    """The settings in a checkpoint of this script. Exits with an error if the file is something else."""
+    if not path or not os.path.isfile(path):
+        parser.error(f"--checkpoint {path or 'FILE'}: no such file; give the best.pt of a run")
     try:
         content = loca.read_torch_file(path)
     except ValueError as error:
         parser.error(f"--checkpoint {path}: {error}")
     if not isinstance(content, dict) or not {"model", "settings", "classes", "palette"} <= content.keys():
         parser.error(f"--checkpoint {path}: it is not a checkpoint of this script")
-    return content
+    return content["settings"]
+
+
+def encoder_sizes(args, parser):
+    """The sizes of a new encoder: from the flags, --model, and the run folder's checkpoint, the timm model, the
+    weights of --init or B/16, in this order. Exits with an error if a file cannot be read."""
+    last, sizes = Path(args.out, "last.pt"), loca.SIZES["B/16"]
+    source = f"--encoder {args.encoder}" if args.encoder else last if last.exists() else f"--init {args.init}"
+    try:
+        if args.encoder:
+            timm = loca.import_optional("timm")
+            with torch.device("meta"):  # only for its sizes
+                model = timm.create_model(args.encoder.removeprefix("timm:"))
+            if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
+                raise ValueError("it must be one of timm's VisionTransformer or Eva models")
+            sizes = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
+        elif last.exists():  # its weights replace those of --init
+            sizes = loca.read_torch_file(last)["settings"]
+        elif args.init != "none":
+            sizes = loca.load_weights(args.init, args.branch).sizes
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        parser.error(f"{source}: {error}")
+    except (KeyError, TypeError):
+        parser.error(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
+    given = {key: getattr(args, key) for key in SIZE_KEYS if getattr(args, key) is not None}
+    named = loca.SIZES.get(args.model, {})
+    # If the weights have a class token, the encoder keeps it; the decoder never sees it.
+    keys = dict.fromkeys((*SIZE_KEYS, "class_token"))
+    return {key: {"class_token": False, **sizes, **named, **given}.get(key) for key in keys}
+
+
+def settle_windows(args, usual, parser):
+    """Set crop, window and stride to [height, width]: as given, or the usual ones adapted to the patch size."""
+    patch = args.patch_size
+    for flag in ("crop", "window", "stride"):
+        sides = getattr(args, flag)
+        if sides and len(sides) > 2:
+            parser.error(f"--{flag} {' '.join(map(str, sides))}: give a side, or height and width")
+        setattr(args, flag, sides and (sides * 2)[:2])  # one side is both height and width
+    args.crop = args.crop or [math.ceil(side / patch) * patch for side in usual["window"]]
+    args.window = args.window or args.crop
+    for flag in ("crop", "window"):
+        sides = getattr(args, flag)
+        nearest = [max(1, round(side / patch)) * patch for side in sides]
+        if sides != nearest:
+            old, new = (" ".join(map(str, x)) for x in (sides, nearest))
+            parser.error(f"--{flag} {old} is not a multiple of the patch size {patch}: try --{flag} {new}")
+    if args.stride is None:
+        sides = zip(usual["stride"], args.window, usual["window"])
+        args.stride = [max(1, step * window // old) for step, window, old in sides]
+    if any(step > side for step, side in zip(args.stride, args.window)):
+        parser.error("--stride {} {} must not exceed the window {} {}".format(*args.stride, *args.window))
+    args.image_size = args.crop  # loca.load_vit finds it in the settings of a checkpoint
+
+
+def parse_args(arguments=None):
+    """The command line -> settings, complete and checked. Those not given come from the preset of the data set or
+    of --small, from the weights, or from the checkpoint of --eval-only and --predict."""
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    training = not (given.eval_only or given.predict)
+    name, _, folder = (given.data or "scenes:").partition(":")
+    preset = choose_preset(given, name)
+    usual = {"window": [preset.pop("crop")] * 2, "stride": [preset.pop("stride")] * 2}
+    if training and given.checkpoint:
+        parser.error("--checkpoint works only with --eval-only or --predict; use --init for initial weights")
+    if not training:
+        path = given.checkpoint or (given.eval_only and str(Path(given.out or preset["out"], "best.pt")))
+        saved = {"decoder": "linear", **settings_of_checkpoint(path, parser)}
+        if given.data is None:
+            name, folder = saved["name"], saved["folder"]
+        if given.eval_only and folder and not os.path.isdir(folder):
+            parser.error(f"the checkpoint's data folder {folder} does not exist; give --data NAME:DIR")
+        for key in ("model", "encoder", "decoder", "crop", *SIZE_KEYS):
+            if getattr(given, key) not in (None, saved[key]):
+                parser.error(f"{train.flag(key)}: the checkpoint determines the model; remove this flag")
+        if name == saved["name"]:  # the protocol of another data set is its own
+            usual = {key: saved[key] for key in usual}
+            preset |= {"base_size": saved["base_size"], "window": saved["window"]}
+        out = "predictions" if given.predict else str(Path(path).parent)
+        preset |= {key: saved[key] for key in OF_MODEL} | {"out": out, "checkpoint": path, "workers": 2}
+    if given.classes and name != "folder":
+        parser.error("--classes works only with --data folder:DIR")
+    parser.set_defaults(**preset)
+    args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None))
+    if args.encoder and not args.encoder.startswith("timm:"):
+        parser.error(f"--encoder {args.encoder}: give timm:NAME")
+    if training:
+        train.settle_batch(args, parser)
+        if args.init not in ("none", "timm") and not os.path.exists(args.init):
+            parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
+        vars(args).update(encoder_sizes(args, parser))
+    else:
+        args.class_token = saved["class_token"]
+    settle_windows(args, usual, parser)
+    if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
+        parser.error(f"--split test: {name} has no test split with masks")
+    if args.split != "val" and not args.eval_only:
+        parser.error(f"--split {args.split}: training is evaluated on val; add --eval-only")
+    if args.predict and not os.path.exists(args.predict):
+        parser.error(f"--predict {args.predict}: no such file or folder")
+    return args
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    settings = parse_args()
+    run = predict if settings.predict else evaluate_only if settings.eval_only else main
+    run(settings)

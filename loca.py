@@ -381,7 +381,9 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
     tiny = torch.finfo(kernel.dtype).tiny  # a prototype without nearby samples stays 0 instead of 0 / 0
     rows = kernel.new_ones(len(kernel))  # M
     # Rounds only change the scale of rows and columns: the matrix is read twice a round, and written once.
-    with torch.autocast(scores.device.type, enabled=False):  # it would compute these products in bf16
+    # Autocast would compute these products in bf16. The meta device has no autocast.
+    has_autocast = torch.amp.is_autocast_available(scores.device.type)
+    with torch.autocast(scores.device.type if has_autocast else "cpu", enabled=False):
         for _ in range(rounds):
             columns = 1 / sum_over_processes(rows @ kernel).clamp_min(tiny)  # P
             rows = 1 / (kernel @ columns).clamp_min(tiny)  # M

@@ -688,7 +688,7 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, name, image_size, drop_path, pretrained=False, file=None):
         super().__init__()
-        timm = loca.import_optional("timm")
+        timm = train.import_optional("timm")
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
         self.model = timm.create_model(name, pretrained, num_classes=0, **sizes)
         self.model.reset_classifier(0, global_pool="")  # remove attention pooling, which is not used here
@@ -1298,7 +1298,7 @@ def encoder_sizes(args, parser):
     source = f"--encoder {args.encoder}" if args.encoder else last if last.exists() else f"--init {args.init}"
     try:
         if args.encoder:
-            timm = loca.import_optional("timm")
+            timm = train.import_optional("timm")
             with torch.device("meta"):  # only for its sizes
                 model = timm.create_model(args.encoder.removeprefix("timm:"))
             if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):

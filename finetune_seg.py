@@ -943,7 +943,7 @@ def never_predicted(result, classes, pixels=None):
     """One line that names the classes of which no pixel is predicted correctly, or ''. Their shares are those
     of `pixels`, the training pixels by label [256], or of the evaluated pixels if these are not known."""
     matrix, kind = result["confusion"], "evaluated" if pixels is None else "training"
-    pixels = result["pixels"] if pixels is None else pixels[: len(classes)]
+    pixels = result["pixels"] if pixels is None else pixels[: len(matrix)]
     predicted, missed = matrix.sum(0), (matrix.diagonal() == 0) & (matrix.sum(1) > 0)
     if not missed.any():
         return ""

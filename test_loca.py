@@ -1717,17 +1717,6 @@ def test_steps_on_a_gpu_do_not_wait_for_it(script, flags, whole, tmp_path):
 # ------------------------------------------------------------------------------------- segmentation: figures
 
 
-def slow_confusion(truth, predicted, classes):
-    pairs = Counter(zip(truth.ravel().tolist(), predicted.ravel().tolist()))
-    return np.array([[pairs[t, p] for p in range(classes)] for t in range(classes)])
-
-
-def slow_average_precision(confidence, present):
-    images = sorted(zip(confidence, present), key=lambda image: -image[0])
-    ranks = [max(k for k, other in enumerate(images, 1) if other[0] == image[0]) for image in images]
-    return np.mean([sum(x for _, x in images[:k]) / k for k, (_, x) in zip(ranks, images) if x])
-
-
 def test_scores_and_average_precision():
     """Classes in neither truth nor prediction are left out, equal confidences count together."""
     result = finetune_seg.scores([[6, 2, 1, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
@@ -1741,18 +1730,16 @@ def test_scores_and_average_precision():
 
 NEVER = [  # confusion matrix, training pixels by label, line
     ([[8, 1], [0, 3]], None, ""),
-    ([[9, 0, 0], [1, 0, 0], [0, 0, 0]], None, "every pixel is predicted as A; never predicted: B (10.0% of the evaluated pixels)"),
     ([[9, 0, 0], [1, 0, 0], [0, 0, 4]], [50, 30, 20, 900], "never predicted: B (30.0% of the training pixels)"),
     ([[4, 3, 0], [2, 0, 0], [1, 0, 0]], None, "never predicted correctly: B (20.0% of the evaluated pixels), C (10.0%)"),
-    (np.eye(7, k=1)[:, ::-1], [7, 6, 5, 4, 3, 2, 1], ", E (10.7%), ..."),
+    (np.eye(8)[[0] * 8], None, "every pixel is predicted as A; never predicted: B (12.5% of the evaluated pixels), C (12.5%), D (12.5%), E (12.5%), F (12.5%), ..."),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("matrix, training, line", NEVER)
 def test_classes_that_are_never_predicted_are_named(matrix, training, line):
-    result = {"confusion": (matrix := np.array(matrix)), "pixels": matrix.sum(1)}
-    got = finetune_seg.never_predicted(result, "ABCDEFG"[: len(matrix)], training and np.array(training))
-    assert got == line or ", ..." in line and got.endswith(line)
+    result = {"confusion": np.array(matrix), "pixels": np.sum(matrix, 1)}
+    assert finetune_seg.never_predicted(result, "ABCDEFGH", training and np.array(training)) == line
 
 
 def place(x):
@@ -1761,18 +1748,11 @@ def place(x):
     return torch.stack([x.sum(1) * where, x[:, 0] - where, x[:, 1] ** 2], dim=1)
 
 
-ENLARGED = {
-    (23, 31): None,
-    (16, 10): None,
-    (8, 10): None,
-    (5, 40): (8, 64),
-    (3, 2): (15, 10),
-    (7, 23): (8, 26),
-}
+LARGER = {(23, 31): None, (16, 10): None, (8, 10): None, (5, 40): (8, 64), (3, 2): (15, 10), (7, 23): (8, 26)}
 SIX_SIZES = [(8, 12), (12, 18), (16, 24), (20, 30), (24, 36), (28, 42)]
 
 
-@pytest.mark.parametrize("size, enlarged", ENLARGED.items())  # to cover the window of 8 x 10
+@pytest.mark.parametrize("size, enlarged", LARGER.items())  # to cover the window of 8 x 10
 def test_sliding_window_averages_pixel_by_pixel(size, enlarged):
     image, layers = torch.randn(3, *size), []
     large = F.interpolate(image[None], enlarged, mode="bilinear")[0] if enlarged else image
@@ -1818,11 +1798,14 @@ def test_localization_and_classification():
     got = finetune_seg.evaluate(nn.Identity(), source, args, 3, 0, 1, CPU)
     logits, present = train.normalize(images), torch.stack([(truths == k).any(2).any(1) for k in range(3)], 1)
     given = logits.masked_fill(~present[:, :, None, None], -99)  # the classes in the image are known
-    plain, limited = (slow_confusion(truths.numpy(), x.argmax(1).numpy(), 3) for x in (logits, given))
-    assert (got["confusion"] == plain).all()
+    plain, limited = (
+        [[((truths == t) & (x.argmax(1) == p)).sum() for p in range(3)] for t in range(3)]
+        for x in (logits, given)
+    )
+    assert (got["confusion"] == np.array(plain)).all()
     assert got["localization_miou"] == pytest.approx(finetune_seg.scores(limited)["miou"])
     confidence = logits.softmax(1).amax((2, 3))
-    precision = map(slow_average_precision, confidence.T.numpy(), present.T.numpy())
+    precision = map(finetune_seg.average_precision, confidence.T.numpy(), present.T.numpy())
     assert got["classification_map"] == pytest.approx(np.mean([*precision]))
 
 
@@ -2257,7 +2240,8 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
 
     labels, mask = made("odd.jpg_labels.png"), made("odd.jpg_mask.png")
     assert labels.shape == (37, 53) and labels.max() <= 2 and made("odd.jpg_overlay.png").shape[1] > 53
-    assert (mask == np.array(saved(tmp_path, "alone.pt")["palette"])[labels]).all()
+    assert (mask == np.array(content["palette"])[labels]).all()
+    assert list(finetune_seg.read_class_list(tmp_path / "out").classes) == content["classes"]
     sizes = {"sub/thin": (3, 90), "side": (20, 30), "odd.png": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
     # Here --out lies inside the folder; its pictures must not be taken for photos.
@@ -2269,13 +2253,11 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     assert made("two/in/sub/thin_overlay.png").any() and made("two/new/odd_overlay.png").any()
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
-    again = made("odd_labels.png")
-    assert again.shape == (37, 53) and 0.8 < (again == labels).mean()
+    assert made("odd_labels.png").shape == (37, 53) and 0.8 < (made("odd_labels.png") == labels).mean()
     save(tmp_path / "new/classes.txt", b"other\n")
-    others = f"new --out {tmp_path}/new"
-    wrong = {"in/odd.jpg": "already exists", "in/broken.png": "none of the images", others: "other classes"}
-    for path, said in wrong.items():
+    for path, said in {"in/odd.jpg": "already exists", "in/broken.png": "none of the images"}.items():
         assert said in fails(finetune_seg, f"{flags} --predict {tmp_path}/{path}")
+    assert "other classes" in fails(finetune_seg, f"{flags} --predict {tmp_path}/new --out {tmp_path}/new")
     with pytest.raises(SystemExit):
         run(finetune_seg, f"{EVALUATE} {tmp_path}/alone.pt")
     assert "the checkpoint's data folder /nowhere does not exist" in capsys.readouterr().err

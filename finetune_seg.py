@@ -358,6 +358,8 @@ def read_class_list(folder):
 class Labeled:
     """Images with masks on disk, by index: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored."""
 
+    pixels = None  # by label [256], where known
+
     def __init__(self, data, pairs, classes):
         self.data, self.pairs = data, pairs
         # Lookup tables turn whole masks into labels at once.
@@ -562,20 +564,21 @@ def choose_crop(labels, crop, rng, most=0.75, redraws=10):
 def distort(image, rng):
     """Photometric distortion of uint8 [h, w, 3], each part with probability 0.5: brightness +-32, contrast
     0.5..1.5 before or after HSV's saturation 0.5..1.5, hue -36..34 degrees (mmsegmentation, Segmenter)."""
-    if rng.random() < 0.5:
-        image = (image + rng.uniform(-32, 32)).clip(0, 255).astype(np.uint8)
+    brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
     late = rng.random() < 0.5  # contrast comes after the changes in HSV
     contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     degrees = 2 * int(rng.integers(-18, 18)) if rng.random() < 0.5 else 0
-    if not late:
-        image = (image * contrast).clip(0, 255).astype(np.uint8)
+    # A byte has 256 values, so each change is a table of its results, and Pillow looks them up.
+    levels = np.arange(256)
+    changes = (levels + brightness, levels * contrast, levels * saturation)
+    brighter, contrasted, saturated = (x.clip(0, 255).astype(np.uint8) for x in changes)
+    turned = (levels + round(degrees / 360 * 256)) % 256  # a full circle of hue is 256
+    before, after = (brighter, contrasted) if late else (contrasted[brighter], levels)
+    picture = Image.fromarray(image).point([*before] * 3)
     if saturation != 1 or degrees:
-        hsv = np.array(Image.fromarray(image).convert("HSV"))
-        hsv[..., 0] += np.uint8(round(degrees / 360 * 256) % 256)  # a full circle of 256 wraps around
-        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
-        image = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    return (image * contrast).clip(0, 255).astype(np.uint8) if late else image
+        picture = picture.convert("HSV").point([*turned, *saturated, *levels]).convert("RGB")
+    return np.array(picture.point([*after] * 3))
 
 
 def augment(image, labels, crop, base_size, rng):
@@ -596,10 +599,10 @@ def augment(image, labels, crop, base_size, rng):
     labels = F.interpolate(labels[None, None], new, mode="nearest-exact")[0, 0]
     if rng.random() < 0.5:
         image, labels = image.flip(-1), labels.flip(-1)
-    image = torch.from_numpy(distort(image.permute(1, 2, 0).numpy(), rng).copy()).permute(2, 0, 1)
+    pixels = distort(image.permute(1, 2, 0).contiguous().numpy(), rng)
     mean = torch.tensor([round(255 * m) for m in train.MEAN], dtype=torch.uint8)  # 0 after normalization
     padded = mean[:, None, None].repeat(1, *crop)  # 3,crop
-    padded[:, : new[0], : new[1]] = image
+    padded[:, : new[0], : new[1]] = torch.from_numpy(pixels).permute(2, 0, 1)
     return padded, F.pad(labels, (0, crop[1] - new[1], 0, crop[0] - new[0]), value=IGNORED)
 
 
@@ -753,6 +756,7 @@ def segmentation_loss(logits, labels):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+WINDOWS = 8  # windows at a time; changes memory and speed, not results
 LARGEST = 2**28  # maximum number of probabilities for one predicted photo: 1 GiB
 
 
@@ -785,19 +789,17 @@ def class_probabilities(model, image, args, size=None):
     """Image uint8 [3, H, W] -> probabilities [C, *size], by default at the image's own size: the softmax of
     logits resized to it; with --multi-scale, the mean over scales and flips."""
     size, pixels, total = size or image.shape[-2:], train.normalize(image), 0.0
-    scales, flips = (SCALES, (False, True)) if args.multi_scale else ((1.0,), (False,))
-    for scale in scales:
-        short = (args.base_size or min(image.shape[-2:])) * scale
+    views = [*itertools.product(SCALES, (False, True))] if args.multi_scale else [(1.0, False)]
+    for scale, flip in views:
         # Windows slide over the scaled image; their logits return to the original size before the softmax.
-        scaled = scaled_size(*image.shape[-2:], short)
-        resized = F.interpolate(pixels[None], scaled, mode="bilinear", antialias=True)[0]
-        for flip in flips:
-            view = resized.flip(-1) if flip else resized
-            with train.autocast(args.precision, image.device):
-                logits = sliding_window(model, view, args.window, args.stride, args.window_batch)
-            logits = logits.flip(-1) if flip else logits
-            total = total + F.interpolate(logits[None], size, mode="bilinear")[0].softmax(0)
-    return total / (len(scales) * len(flips))
+        scaled = scaled_size(*image.shape[-2:], (args.base_size or min(image.shape[-2:])) * scale)
+        view = F.interpolate(pixels[None], scaled, mode="bilinear", antialias=True)[0]
+        view = view.flip(-1) if flip else view
+        with train.autocast(args.precision, image.device):
+            logits = sliding_window(model, view, args.window, args.stride, WINDOWS)
+        logits = logits.flip(-1) if flip else logits
+        total = total + F.interpolate(logits[None], size, mode="bilinear")[0].softmax(0)
+    return total / len(views)
 
 
 def segment(model, image, args, classes):
@@ -889,8 +891,25 @@ def protocol_of(args, split, images, classes):
     return ", ".join(parts)
 
 
-def report(result, classes, protocol, table=True):
-    """Print the metrics of an evaluation, with a table of the classes."""
+def never_predicted(result, classes, pixels=None):
+    """One line that names the classes of which no pixel is predicted correctly, or ''. Their shares are those
+    of `pixels`, the training pixels by label [256], or of the evaluated pixels if these are not known."""
+    matrix, kind = result["confusion"], "evaluated" if pixels is None else "training"
+    pixels = result["pixels"] if pixels is None else pixels[: len(matrix)]
+    predicted, missed = matrix.sum(0), (matrix.diagonal() == 0) & (matrix.sum(1) > 0)
+    if not missed.any():
+        return ""
+    order = [k for k in np.argsort(-pixels, kind="stable") if missed[k]]
+    named = [f"{classes[k]} ({pixels[k] / pixels.sum():.1%})" for k in order]
+    named[0] = named[0][:-1] + f" of the {kind} pixels)"
+    title = "never predicted correctly" if predicted[missed].any() else "never predicted"
+    if np.count_nonzero(predicted) == 1:
+        title = f"every pixel is predicted as {classes[predicted.argmax()]}; {title}"
+    return f"{title}: {', '.join(named[:5] + ['...'] * (len(named) > 5))}"
+
+
+def report(result, classes, protocol, table=True, pixels=None):
+    """Print the metrics of an evaluation, and with `table` those of each class and which are never predicted."""
     if table:
         width = max(map(len, classes))
         say(f"{'class':<{width}}    IoU  accuracy  share of pixels")
@@ -899,13 +918,15 @@ def report(result, classes, protocol, table=True):
             numbers = f"{iou:7.1%}{accuracy:10.1%}".replace("nan%", "   -")
             say(f"{name:<{width}}{numbers}{part:16.2%}")
     say(f"{protocol}: " + " | ".join(f"{title} {result[name]:.2%}" for name, title in METRICS.items()))
+    if table and (line := never_predicted(result, classes, pixels)):
+        say(f"note: {line}")
 
 
 def write_results(path, result, classes, **more):
     """Write the metrics of an evaluation as JSON; a class without IoU or accuracy has null."""
-    iou, accuracy = (np.where(np.isnan(x), None, x) for x in (result["iou"], result["accuracy"]))
-    columns = (classes, iou.tolist(), accuracy.tolist(), result["pixels"].tolist())
-    by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(*columns)]
+    columns = (result[key] for key in ("iou", "accuracy", "pixels"))
+    columns = (np.where(np.isnan(x), None, x).tolist() for x in columns)
+    by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(classes, *columns)]
     metrics = {name: result[name] for name in ("images", *METRICS)}
     matrix = result["confusion"].tolist()
     train.write_json(path, {**more, **metrics, "classes": by_class, "confusion": matrix})
@@ -922,17 +943,18 @@ def paint(labels, palette):
 
 
 def add_legend(picture, labels, classes, palette):
-    """The picture and, to its right, color and name of every class in `labels`, most frequent first."""
+    """The picture and, to its right, color, number and name of every class in `labels`, most frequent first."""
     counts = np.bincount(labels.ravel(), minlength=256)[: len(classes)]
-    shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
-    font, row, left = ImageFont.load_default(13), 20, picture.width + 10
-    right = left + 30 + max((int(font.getlength(classes[k])) for k in shown), default=0)
-    sheet = Image.new("RGB", (right, max(picture.height, row * len(shown) + 8)), "white")
+    order, font = np.argsort(-counts, kind="stable"), ImageFont.load_default(13)
+    row, left = 20, picture.width + 10
+    texts = {k: f"{k} {classes[k]}" for k in order if counts[k]}  # the font lacks many scripts, but no digit
+    right = left + 30 + max((int(font.getlength(text)) for text in texts.values()), default=0)
+    sheet = Image.new("RGB", (right, max(picture.height, row * len(texts) + 8)), "white")
     sheet.paste(picture)
     pen = ImageDraw.Draw(sheet)
-    for y, k in zip(itertools.count(4, row), shown):
+    for y, (k, text) in zip(itertools.count(4, row), texts.items()):
         pen.rectangle((left, y + 2, left + 16, y + row - 4), fill=tuple(palette[k]), outline="black")
-        pen.text((left + 22, y + 1), classes[k], fill="black", font=font)
+        pen.text((left + 22, y + 1), text, fill="black", font=font)
     return sheet
 
 
@@ -963,19 +985,20 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, widt
 # -------------------------------------------------------------------------------------- evaluate and predict
 
 
-def load_segmenter(args, device):
-    """The model in --checkpoint on the device, and the contents of the file."""
+def load_segmenter(args):
+    """The model in --checkpoint, in evaluation mode, and the contents of the file."""
     content = loca.read_torch_file(args.checkpoint)
     model = build_model(args, len(content["classes"]))
     model.load_state_dict(content["model"])
-    return model.to(device).eval(), content
+    return model.eval(), content
 
 
 def evaluate_only(args):
     """Evaluate a checkpoint on a split; write results.json and predictions.png."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
-    model, content = load_segmenter(args, device)
+    model, content = load_segmenter(args)
+    model.to(device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
     (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, classes)
@@ -990,33 +1013,55 @@ def evaluate_only(args):
     train.end_processes()
 
 
+def class_list(classes, palette):
+    """classes.txt for predicted labels: line k is class k, 'NAME R G B'. Colors are left out if two classes
+    share one, or if all are gray, because labels would then be read as gray values."""
+    colored = len(set(palette)) == len(palette) and any(len(set(color)) > 1 for color in palette)
+    colors = [" {} {} {}".format(*color) if colored else "" for color in palette]
+    return "".join(f"{name}{color}\n" for name, color in zip(classes, colors))
+
+
+def name_results(paths, out):
+    """Image files and folders of images -> {path of the results without ending: photo}. The results lie in
+    `out` as the photos lie in the innermost folder that holds everything given."""
+    photos, folders = [], []
+    for path in map(Path, paths):
+        found = train.find_images(path, "--predict", skip=out) if path.is_dir() else []
+        photos += [path / os.fsdecode(name) for name in found] or [path]
+        folders.append(os.path.abspath(path if path.is_dir() else path.parent))
+    root = os.path.commonpath(folders)
+    names = {Path(os.path.relpath(photo, root)): photo for photo in photos}
+    # Photos with the same name in two formats keep their extensions in the names of the results.
+    stems = {name: name.with_suffix("") for name in names}
+    taken = Counter([*names, *stems.values()])
+    return {Path(out, name if taken[stem] > 1 else stem): names[name] for name, stem in stems.items()}
+
+
 @torch.no_grad()
 def predict(args):
-    """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices)."""
+    """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices), and
+    once classes.txt, which makes the masks valid ones of folder:DIR."""
+    model, content = load_segmenter(args)
+    classes, palette, listing = content["classes"], content["palette"], Path(args.out, "classes.txt")
+    results, failed, lines = name_results(args.predict, args.out), 0, class_list(classes, palette).encode()
+    for path in (f"{result}_{kind}.png" for result in results for kind in ("mask", "labels", "overlay")):
+        if os.path.exists(path):
+            fail(f"--out {args.out}: {path} already exists; give another --out")
+    if listing.exists() and listing.read_bytes() != lines:
+        fail(f"--out {args.out}: its classes.txt lists other classes; give another --out")
+    # No process writes before all have met here.
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
-    model, content = load_segmenter(args, device)
-    classes, palette = content["classes"], content["palette"]
-    source = Path(args.predict)
-    root, names = source.parent, [Path(source.name)]
-    if source.is_dir():
-        found = train.find_images(source, "--predict", skip=args.out)
-        root, names = source, [Path(os.fsdecode(name)) for name in found]
-    # Photos with the same name in two formats keep their extensions in the names of the results.
-    stems, failed, results = Counter(name.with_suffix("") for name in names), 0, {}
-    for name in names[rank::world_size]:
-        stem = name.with_suffix("")
-        results[name] = Path(args.out, stem if stems[stem] == 1 else name)
-    for result in results.values():
-        for path in (f"{result}_{kind}.png" for kind in ("mask", "labels", "overlay")):
-            if os.path.exists(path):
-                fail(f"--out {args.out}: {path} already exists; give another --out")
-    for name, result in results.items():
+    model.to(device)
+    if rank == 0:
+        train.write_file(listing, lambda file: file.write(lines))
+    say(f"{listing}: the checkpoint's classes; NAME_labels.png holds their numbers, from 0")
+    for result, photo in [*results.items()][rank::world_size]:
         try:
-            image = train.read_image(root / name)
+            image = train.read_image(photo)
         except Exception as error:  # a damaged file can make a decoder raise anything
             failed += 1
-            print(f"warning: cannot read {root / name}: {error}", file=sys.stderr, flush=True)
+            print(f"warning: cannot read {photo}: {error}", file=sys.stderr, flush=True)
             continue
         labels = segment(model, image.to(device), args, len(classes))
         mask = paint(labels, palette)
@@ -1024,9 +1069,9 @@ def predict(args):
         overlay = add_legend(overlay, labels, classes, palette)
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
-        print(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
-    if train.sum_over_processes([float(failed)], device)[0] == len(names):
-        fail(f"--predict {source}: none of the images could be read")
+        print(f"{photo} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
+    if train.sum_over_processes([float(failed)], device)[0] == len(results):
+        fail("--predict: none of the images could be read")
     train.end_processes()
 
 
@@ -1139,7 +1184,7 @@ def main(args):
                 say(f"evaluating {len(val_images)} images")
                 result = evaluate(model, val_images, args, len(classes), rank, world_size, device)
                 protocol = protocol_of(args, "val", len(val_images), len(classes))
-                report(result, classes, protocol, table=done == total_steps)
+                report(result, classes, protocol, done == total_steps, images.pixels)
                 record |= {f"val_{name}": result[name] for name in METRICS}
                 better = best is None or result["miou"] > best
                 best = max(result["miou"], best or 0.0)
@@ -1246,9 +1291,8 @@ def make_parser():
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
     g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
-    g.add_argument("--window-batch", type=positive_int, default=8, help="windows at a time; changes memory and speed, not results")
     g.add_argument("--evaluations", type=positive_int, default=10, help="evaluations during a run, evenly spaced; the last one is at the end")
-    g.add_argument("--predict", metavar="PATH", help="an image or a folder to segment with --checkpoint, into --out")
+    g.add_argument("--predict", nargs="+", metavar="PATH", help="images or folders to segment with --checkpoint, into --out")
     g = train.add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
     # fmt: on
@@ -1387,8 +1431,9 @@ def parse_args(arguments=None):
         parser.error(f"--split test: {name} has no test split with masks")
     if args.split != "val" and not args.eval_only:
         parser.error(f"--split {args.split}: training is evaluated on val; add --eval-only")
-    if args.predict and not os.path.exists(args.predict):
-        parser.error(f"--predict {args.predict}: no such file or folder")
+    for path in args.predict or ():
+        if not os.path.exists(path):
+            parser.error(f"--predict {path}: no such file or folder")
     return args
 
 

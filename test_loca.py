@@ -1880,17 +1880,6 @@ def test_steps_on_a_gpu_do_not_wait_for_it(script, flags, whole, tmp_path):
 # ------------------------------------------------------------------------------------- segmentation: figures
 
 
-def slow_confusion(truth, predicted, classes):
-    pairs = Counter(zip(truth.ravel().tolist(), predicted.ravel().tolist()))
-    return np.array([[pairs[t, p] for p in range(classes)] for t in range(classes)])
-
-
-def slow_average_precision(confidence, present):
-    images = sorted(zip(confidence, present), key=lambda image: -image[0])
-    ranks = [max(k for k, other in enumerate(images, 1) if other[0] == image[0]) for image in images]
-    return np.mean([sum(x for _, x in images[:k]) / k for k, (_, x) in zip(ranks, images) if x])
-
-
 def test_scores_and_average_precision():
     """Classes in neither truth nor prediction are left out, equal confidences count together."""
     result = finetune_seg.scores([[6, 2, 1, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
@@ -1902,24 +1891,31 @@ def test_scores_and_average_precision():
     assert finetune_seg.average_precision(confidence, ~present) == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
+NEVER = [  # confusion matrix, training pixels by label, line
+    ([[8, 1], [0, 3]], None, ""),
+    ([[9, 0, 0], [1, 0, 0], [0, 0, 4]], [50, 30, 20, 900], "never predicted: B (30.0% of the training pixels)"),
+    ([[4, 3, 0], [2, 0, 0], [1, 0, 0]], None, "never predicted correctly: B (20.0% of the evaluated pixels), C (10.0%)"),
+    (np.eye(8)[[0] * 8], None, "every pixel is predicted as A; never predicted: B (12.5% of the evaluated pixels), C (12.5%), D (12.5%), E (12.5%), F (12.5%), ..."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("matrix, training, line", NEVER)
+def test_classes_that_are_never_predicted_are_named(matrix, training, line):
+    result = {"confusion": np.array(matrix), "pixels": np.sum(matrix, 1)}
+    assert finetune_seg.never_predicted(result, "ABCDEFGH", training and np.array(training)) == line
+
+
 def place(x):
     """A model whose logits depend on a pixel and on its place in the window."""
     where = torch.linspace(0, 1, x.shape[-2] * x.shape[-1]).view(x.shape[-2:])
     return torch.stack([x.sum(1) * where, x[:, 0] - where, x[:, 1] ** 2], dim=1)
 
 
-ENLARGED = {
-    (23, 31): None,
-    (16, 10): None,
-    (8, 10): None,
-    (5, 40): (8, 64),
-    (3, 2): (15, 10),
-    (7, 23): (8, 26),
-}
+LARGER = {(23, 31): None, (16, 10): None, (8, 10): None, (5, 40): (8, 64), (3, 2): (15, 10), (7, 23): (8, 26)}
 SIX_SIZES = [(8, 12), (12, 18), (16, 24), (20, 30), (24, 36), (28, 42)]
 
 
-@pytest.mark.parametrize("size, enlarged", ENLARGED.items())  # to cover the window of 8 x 10
+@pytest.mark.parametrize("size, enlarged", LARGER.items())  # to cover the window of 8 x 10
 def test_sliding_window_averages_pixel_by_pixel(size, enlarged):
     image, layers = torch.randn(3, *size), []
     large = F.interpolate(image[None], enlarged, mode="bilinear")[0] if enlarged else image
@@ -1935,7 +1931,7 @@ def test_sliding_window_averages_pixel_by_pixel(size, enlarged):
 
 
 def evaluation_args(**changes):
-    usual = {"multi_scale": False, "base_size": 16, "precision": "float32", "workers": 0, "window_batch": 100}
+    usual = {"multi_scale": False, "base_size": 16, "precision": "float32", "workers": 0}
     return SimpleNamespace(**{**usual, "window": [8, 10], "stride": [5, 4], **changes})
 
 
@@ -1965,11 +1961,14 @@ def test_localization_and_classification():
     got = finetune_seg.evaluate(nn.Identity(), source, args, 3, 0, 1, CPU)
     logits, present = train.normalize(images), torch.stack([(truths == k).any(2).any(1) for k in range(3)], 1)
     given = logits.masked_fill(~present[:, :, None, None], -99)  # the classes in the image are known
-    plain, limited = (slow_confusion(truths.numpy(), x.argmax(1).numpy(), 3) for x in (logits, given))
-    assert (got["confusion"] == plain).all()
+    plain, limited = (
+        [[((truths == t) & (x.argmax(1) == p)).sum() for p in range(3)] for t in range(3)]
+        for x in (logits, given)
+    )
+    assert (got["confusion"] == np.array(plain)).all()
     assert got["localization_miou"] == pytest.approx(finetune_seg.scores(limited)["miou"])
     confidence = logits.softmax(1).amax((2, 3))
-    precision = map(slow_average_precision, confidence.T.numpy(), present.T.numpy())
+    precision = map(finetune_seg.average_precision, confidence.T.numpy(), present.T.numpy())
     assert got["classification_map"] == pytest.approx(np.mean([*precision]))
 
 
@@ -2017,31 +2016,27 @@ def test_augmentation_keeps_pixels_and_labels_together(monkeypatch):
 
 
 def plain_distort(color, brightness, contrast, saturation, degrees, late):
-    color = np.clip(np.array(color) + brightness, 0, 255)
-    color = color if late else np.clip(color * contrast, 0, 255)
-    hue, s, v = rgb_to_hsv(*color / 255)
-    color = 255 * np.array(hsv_to_rgb((hue + degrees / 360) % 1, min(s * saturation, 1), v))
-    return np.clip(color * contrast, 0, 255) if late else color
+    color = np.clip(color + brightness, 0, 255) // 1
+    color = color if late else np.clip(color * contrast, 0, 255) // 1
+    if saturation != 1 or degrees:
+        hue, s, v = rgb_to_hsv(*color / 255)
+        color = 255 * np.array(hsv_to_rgb((hue + degrees / 360) % 1, min(s * saturation, 1), v))
+    return np.clip(color * contrast, 0, 255) // 1 if late else color
 
 
 def test_distortion_equals_a_plain_one():
-    """The same draws in floating point with the standard library's HSV, on images of one color."""
-    saturated = plain_distort((200, 100, 50), 0, 1, 1.5, 0, False)
-    assert saturated.round().tolist() == [200, 67, 0]  # no blend with gray
-    changed = 0
+    """The same draws, pixel by pixel: exact without HSV, and close to the standard library's HSV."""
     for seed in range(150):
-        rng, color = np.random.default_rng(seed), np.random.RandomState(seed).randint(30, 226, 3)
+        rng, image = np.random.default_rng(seed), np.random.RandomState(seed).randint(0, 256, (3, 5, 3))
         brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0
         late = rng.random() < 0.5
         contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1
         saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1
         degrees = 2 * rng.integers(-18, 18) if rng.random() < 0.5 else 0
-        image = np.full((3, 5, 3), color, np.uint8)
-        got = finetune_seg.distort(image, np.random.default_rng(seed))
-        expected = plain_distort(color, brightness, contrast, saturation, degrees, late)
-        assert got.dtype == np.uint8 and abs(got - expected).max() < 12, seed  # hue has 8 bits
-        changed += (got != image).any()
-    assert changed > 120
+        got = finetune_seg.distort(image.astype(np.uint8), np.random.default_rng(seed))
+        changes = brightness, contrast, saturation, degrees, late
+        off = np.abs(got - np.apply_along_axis(plain_distort, -1, image, *changes)).max()
+        assert got.dtype == np.uint8 and off <= (12 if saturation != 1 or degrees else 0), seed  # 8-bit hue
 
 
 def test_subsets_and_sizes():
@@ -2371,7 +2366,7 @@ def test_steps_are_nesterovs_with_polynomial_decay(seg, tmp_path, monkeypatch):
     assert finetune_seg.learning_rate(10, 10, 0.2) == 1e-5 and finetune_seg.learning_rate(0, 10, 0.2) == 0.2
 
 
-def test_an_evaluation_depends_on_neither_processes_nor_windows_at_a_time(seg, pair, tmp_path, capsys):
+def test_an_evaluation_depends_on_neither_processes_nor_windows(seg, pair, tmp_path, capsys, monkeypatch):
     """To the last bit."""
     shutil.copytree(seg / "data", tmp_path / "data")
     for path in tmp_path.glob("data/*/val"):
@@ -2380,7 +2375,8 @@ def test_an_evaluation_depends_on_neither_processes_nor_windows_at_a_time(seg, p
     flags += f" --out {tmp_path}"
     two = saved(pair / "finetune_seg", "results.json")
     for batch in (1, 7):
-        run(finetune_seg, f"{flags} --window-batch {batch}")
+        monkeypatch.setattr(finetune_seg, "WINDOWS", batch)
+        run(finetune_seg, flags)
         one = saved(tmp_path, "results.json")
         assert one["protocol"] == two["protocol"].replace("val", "test") and one["images"] == 5
         assert all(one[key] == two[key] for key in one.keys() - {"checkpoint", "protocol"})
@@ -2394,7 +2390,6 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     for name, size in {"odd.jpg": (37, 53), "sub/thin.png": (3, 90), "odd.png": (17, 8)}.items():
         save(tmp_path / "in" / name, picture(*size))
     save(tmp_path / "in/side.jpg", picture(30, 20), exif=SIDEWAYS)
-    save(tmp_path / "in/deep.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 109)
     save(tmp_path / "in/broken.png", b"nothing")
     content = saved(seg / "run", "best.pt")
     content["settings"] |= {"data": "folder:/nowhere", "folder": "/nowhere"}
@@ -2408,23 +2403,38 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
 
     labels, mask = made("odd.jpg_labels.png"), made("odd.jpg_mask.png")
     assert labels.shape == (37, 53) and labels.max() <= 2 and made("odd.jpg_overlay.png").shape[1] > 53
-    assert (mask == np.array(saved(tmp_path, "alone.pt")["palette"])[labels]).all()
-    sizes = {"sub/thin": (3, 90), "side": (20, 30), "deep": (20, 30), "odd.png": (17, 8)}
+    assert (mask == np.array(content["palette"])[labels]).all()
+    assert list(finetune_seg.read_class_list(tmp_path / "out").classes) == content["classes"]
+    sizes = {"sub/thin": (3, 90), "side": (20, 30), "odd.png": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
     # Here --out lies inside the folder; its pictures must not be taken for photos.
     run(finetune_seg, f"{flags} --predict {tmp_path}")
     assert made("in/odd.jpg_mask.png").shape == mask.shape and not [*tmp_path.rglob("*mask_mask.png")]
-    run(finetune_seg, f"{flags} --predict {tmp_path}/in/sub/thin.png --window 24 --multi-scale")
-    assert made("thin_overlay.png").any()
+    save(tmp_path / "new/odd.jpg", picture())
+    two = f"{tmp_path}/in/sub {tmp_path}/new/odd.jpg --out {tmp_path}/out/two"
+    run(finetune_seg, f"{flags} --window 24 --multi-scale --predict {two}")
+    assert made("two/in/sub/thin_overlay.png").any() and made("two/new/odd_overlay.png").any()
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
     run(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
-    assert "already exists" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/odd.jpg")
-    again = made("odd_labels.png")
-    assert again.shape == (37, 53) and 0.8 < (again == labels).mean()
-    assert "none of the images" in fails(finetune_seg, f"{flags} --predict {tmp_path}/in/broken.png")
+    assert made("odd_labels.png").shape == (37, 53) and 0.8 < (made("odd_labels.png") == labels).mean()
+    save(tmp_path / "new/classes.txt", b"other\n")
+    for path, said in {"in/odd.jpg": "already exists", "in/broken.png": "none of the images"}.items():
+        assert said in fails(finetune_seg, f"{flags} --predict {tmp_path}/{path}")
+    assert "other classes" in fails(finetune_seg, f"{flags} --predict {tmp_path}/new --out {tmp_path}/new")
     with pytest.raises(SystemExit):
         run(finetune_seg, f"{EVALUATE} {tmp_path}/alone.pt")
     assert "the checkpoint's data folder /nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("palette", ["090000 090000 000000", "010101 000000 020202", "000102 050505 000000"])
+def test_predicted_labels_are_masks_of_a_folder(palette, tmp_path):
+    """Whether colors are repeated, gray, or neither."""
+    small_folder(tmp_path)
+    listing = finetune_seg.class_list(["a b", "c", "海"], finetune_seg.colors_of(palette))
+    save(tmp_path / "classes.txt", listing.encode())
+    part, classes, *_ = open_part("folder", tmp_path)
+    assert classes == ["a b", "c", "海"] and ("5 5 5" in listing) == ("05" in palette)
+    assert (part.read(0)[1].numpy() == np.asarray(Image.open(part.pairs[0][1]))).all()
 
 
 def write_weights(kind, path):

@@ -847,7 +847,7 @@ def save_checkpoint(path, args, step, modules, **more):
 MAY_CHANGE = {
     "data", "folder", "val", "out", "workers", "device", "precision", "compile", "grad_checkpoint",
     "log_every", "save_minutes", "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr",
-    "warmup_epochs", "clip", "evaluations", "window_batch", "multi_scale",
+    "warmup_epochs", "clip", "evaluations", "multi_scale",
 }  # fmt: skip
 
 

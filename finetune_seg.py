@@ -268,31 +268,26 @@ def find_split(root, layout, data, split):
     """Images and masks of a split by key, and the sorted keys of the images that belong to it."""
     images, masks, listing, offset = (*layout, None, None)[:4]
     part = dict(zip(SPLITS, data.splits)).get(split, split)
-    part = SPLITS.get(part, part)
-    image_files, mask_files = find_files(root, images, part), find_files(root, masks, part)
+    images, masks, lists = (
+        find_files(root, x or "", SPLITS.get(part, part)) for x in (images, masks, listing)
+    )
     if offset and split == "train":
-        mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
+        masks = {(str(int(n) - offset),): file for (n,), file in masks.items()}
     # If masks lie beside the photos, the pattern of the photos may match them too.
-    used = {mask_files[key] for key in image_files.keys() & mask_files.keys()}
-    image_files = {key: file for key, file in image_files.items() if file not in used}
+    used = {masks[key] for key in images.keys() & masks.keys()}
+    images = {key: file for key, file in images.items() if file not in used}
     if not listing:
-        return image_files, mask_files, sorted(image_files)
-    lines = []  # names, or paths of images, one per line; names can have spaces, or a second column follows
-    for file in find_files(root, listing, part).values():
-        lines = [*filter(None, map(str.strip, Path(file).read_text().splitlines()))]
-    readings = ([x, Path(x).stem, Path(x.split()[0]).stem] for x in lines)
-    wanted = {(next((n for n in x if (n,) in image_files), x[-1]),) for x in readings}
-    return image_files, mask_files, sorted(wanted)
+        return images, masks, sorted(images)
+    lines = "".join(Path(file).read_text() for file in lists.values()).splitlines()
+    # A line is a name or the path of an image; names can have spaces, but some lists have a second column.
+    readings = [(x, Path(x).stem, Path(x.split()[0]).stem) for x in map(str.strip, lines) if x]
+    return images, masks, sorted({(next((n for n in x if (n,) in images), x[-1]),) for x in readings})
 
 
 def places(data, folder):
-    """Where layouts are searched: the folder, the data set's roots, and a single wrapping folder."""
+    """Where layouts are searched: the folder, the data set's roots, and a single folder that wraps all."""
     inside = [x.path for x in os.scandir(folder) if x.is_dir() and not x.name.startswith((".", "__"))]
-    return [
-        folder,
-        *(os.path.join(folder, root) for root in data.roots),
-        *(inside if len(inside) == 1 else ()),
-    ]
+    return [folder, *(os.path.join(folder, root) for root in data.roots), *inside[: len(inside) == 1]]
 
 
 def find_pairs(name, folder, split, patterns=None):
@@ -306,24 +301,23 @@ def find_pairs(name, folder, split, patterns=None):
         if any(masks and wanted for _, masks, wanted in found.values()):
             break
     else:
-        looked = "; ".join(f"{images} with {masks}" for images, masks, *_ in layouts)
-        fail(f"{flag}: no images with masks; looked for {looked}. {what_is_there(name, folder)}")
+        looked = "; ".join(" with ".join(layout[:2]) for layout in layouts)
+        fail(f"{flag}: no images with masks; {what_is_there(name, folder)}; looked for {looked}")
     has_splits = any("{split}" in str(text) for text in layout)
     if split == "test" and not (has_splits and found["test"][2]):
         fail(f"{flag}: it has no test split")
-    held_out = split != "test" and (not has_splits or name == "folder" and not found["val"][2])
+    held_out = split != "test" and (not has_splits or (name == "folder" and not found["val"][2]))
     images, masks, wanted = found["train" if held_out else split]
     missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in images]
-    unpaired = [key for key in wanted if key in images and key not in masks]
-    missing += [f"{'/'.join(key)!r} has no mask" for key in unpaired]
-    if unpaired:  # say which file was expected
-        texts, mask = iter(unpaired[0]), re.sub(r"\.\*$", ".png", layout[1].split("|")[0])
-        mask = re.sub(r"[*#]", lambda _: next(texts, "*"), mask.replace("{split}", split))
-        missing.insert(0, f"{images[unpaired[0]]} needs {os.path.join(root, mask)}")
+    for key in wanted:
+        if key in images and key not in masks:  # say what its mask should be called
+            texts, mask = iter(key), layout[1].split("|")[0].replace("{split}", split)
+            mask = re.sub(r"[*#]", lambda _: next(texts, "*"), re.sub(r"\.\*$", ".png", mask))
+            missing.append(f"{images[key]} has no mask {os.path.join(root, mask)}")
     if missing or not wanted:
-        shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
-        lacks = f"lacks files of {len(missing) - bool(unpaired)} images: {shown}" if missing else "is empty"
-        fail(f"{flag}: the {split} split {lacks}. {what_is_there(name, folder)}")
+        shown = "; ".join(missing[:3] + ["..."] * (len(missing) > 3))
+        lacks = f"lacks {len(missing)} files: {shown}" if missing else "has no images"
+        fail(f"{flag}: the {split} split {lacks}; {what_is_there(name, folder)}")
     pairs = [(images[key], masks[key]) for key in wanted]
     if held_out:
         train.warn_once(f"{flag}: no validation split, so every fifth image is held out")
@@ -334,33 +328,29 @@ def find_pairs(name, folder, split, patterns=None):
 
 
 def suggest_pairs(folder):
-    """The IMAGES MASKS of --pairs that fit most images of a folder, or None."""
-    groups, best = {}, ((0, False), None)
+    """The patterns of --pairs that fit all images of a folder and most files, or None."""
+    groups, fitting = {}, []
     for path in sorted(Path(folder).rglob("*.*")):
         parts = path.relative_to(folder).parts[:-1]
         place = [re.sub(f"(?i)^(?:{'|'.join(SPLITS.values())})$", "{split}", part) for part in parts]
         if path.suffix.lower() in Image.registered_extensions():
             groups.setdefault(("/".join([*place, ""]), path.suffix), []).append(path)
-    for images, masks in itertools.product(list(groups)[:8], repeat=2):
-        # The longest text that an image and a mask share becomes the star, if that fits all other images.
-        image, shared = groups[images][0], []
-        for other in groups[masks][:200]:
-            same = SequenceMatcher(None, image.stem, other.stem, False).find_longest_match()
-            shared.append(
-                (same.size * (other != image), image.stem[same.a :][: same.size].strip("-_. "), other)
-            )
-        _, key, mask = max(shared)
-        if mask != image and key:
-            ends = ((images, image), (masks, mask))
-            layout = [place + file.stem.replace(key, "*", 1) + suffix for (place, suffix), file in ends]
-            found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS]
-            if all(files.keys() >= set(wanted) for _, files, wanted in found):
-                size, colors = sum(len(wanted) for *_, wanted in found), []
-                for file in (image, mask):
-                    with Image.open(file) as opened:
-                        colors.append(len(opened.convert("RGB").getcolors(2**24)))
-                best = max(best, ((size, colors[0] > colors[1]), layout))  # a photo has more colors
-    return best[1]
+    for (place, suffix), (mask_place, mask_suffix) in itertools.product(list(groups)[:8], repeat=2):
+        # The longest text that an image shares with a mask becomes the star.
+        image, shared = groups[place, suffix][0], []
+        for mask in groups[mask_place, mask_suffix][:200]:
+            same = SequenceMatcher(None, image.stem, mask.stem, False).find_longest_match()
+            text = image.stem[same.a : same.a + same.size].strip("-_. ")
+            shared.append((len(text) if mask != image else 0, text, mask))
+        size, text, mask = max(shared)
+        star, mask_star = (file.stem.replace(text, "*", 1) if size else "*" for file in (image, mask))
+        layout = [place + star + suffix, mask_place + mask_star + mask_suffix]
+        found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS]
+        if size and all(masks.keys() >= set(wanted) for _, masks, wanted in found):
+            # Of an image and its mask, the image has more colors.
+            colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
+            fitting.append((sum(len(wanted) for *_, wanted in found), colors[0] > colors[1], layout))
+    return max(fitting, default=[None])[-1]
 
 
 def what_is_there(name, folder):
@@ -369,8 +359,7 @@ def what_is_there(name, folder):
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(x for x in folders if x[0] != ".")
         if files:
-            below = os.path.join(os.path.relpath(parent, folder), "")
-            holds.append(f"{below} holds {len(files)} files such as {min(files)}")
+            holds.append(f"{os.path.relpath(parent, folder)}/ holds {len(files)} files such as {min(files)}")
     text = "; ".join(holds[:6] + ["..."] * (len(holds) > 6)) or "the folder is empty"
     layout = suggest_pairs(folder) if name == "folder" else None
     return f"{text}; this fits: --pairs {shlex.join(layout)}" if layout else text
@@ -383,51 +372,43 @@ def read_class_list(folders):
     labelmap.txt is CVAT's: 'NAME:R,G,B::'. The name 'ignore' stands for ignored pixels.
     """
     files = ("classes.txt", "class_names.txt", "labelmap.txt")
-    paths = [Path(folder, file) for folder in folders for file in files]
-    path = next(filter(Path.exists, paths), None)
+    path = next((p for p in (Path(x, file) for x in folders for file in files) if p.exists()), None)
     if path is None:
         return None
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: {error}; save it as UTF-8 text")
-    lines = [
-        x for x in lines if x and x[0] != "#" and x != "__ignore__"
-    ]  # labelme's __ignore__ is always 255
-    number, rest = r"[\s:,;]+(\d+)", r"\s*(?::.*)?"
-    colors = [re.fullmatch(f"(.+?){number * 3}{rest}", line) for line in lines]
-    grays = [re.fullmatch(f"(.+?){number}{rest}", line) for line in lines]
+    # The value of labelme's __ignore__ is always 255, so its line does not count.
+    lines = [line for line in lines if line and line[0] != "#" and line != "__ignore__"]
+    number = r"[\s:,;]+(\d+)"
+    colors, grays = ([re.fullmatch(f"(.+?){number * n}\\s*(?::.*)?", x) for x in lines] for n in (3, 1))
     # "lane 1" and "lane 2" are two names, not one class with two gray values.
     listed = any(colors) or (all(grays) and len({match[1] for match in grays}) == len(grays))
-    entries = []  # name, and RGB color or None
-    for line, match in zip(lines, (color or gray for color, gray in zip(colors, grays))):
+    labels, names, used = [], [], []  # used: colors, by line
+    for line, match in zip(lines, map(lambda color, gray: color or gray, colors, grays)):
         levels = [int(level) for level in match.groups()[1:]] if listed and match else []
         if listed and not 0 <= max(levels, default=-1) <= 255:
-            fail(
-                f"{path}: cannot read {line!r}; every line must be 'NAME R G B' or 'NAME GRAY', from 0 to 255"
-            )
-        name, color = (match[1], tuple(levels * 3)[:3]) if listed else (line, None)
-        entries.append(("ignore" if name.lower().strip("_") == "ignore" else name, color))
-    names, used = [name for name, _ in entries if name != "ignore"], [c for _, c in entries if c]
-    problems = {
-        "fewer than two classes": len(names) < 2,
-        f"over {ILLEGAL - 1} classes": len(names) >= ILLEGAL,
-        "a class or a color twice": len(set(names)) < len(names) or len(set(used)) < len(used),
-    }
-    for problem, found in problems.items():
-        if found:
-            fail(f"{path}: {problem}; correct it. Its classes: {', '.join(names[:20])}")
-    labels = [IGNORED if name == "ignore" else names.index(name) for name, _ in entries]
+            fail(f"{path}: cannot read {line!r}; write NAME R G B or NAME GRAY, 0 to 255, in every line")
+        name = match[1] if listed else line
+        ignored = name.lower().strip("_") == "ignore"
+        labels.append(IGNORED if ignored else len(names))
+        names += [] if ignored else [name]
+        used += [tuple(levels * 3)[:3]] if listed else []
+    if not 2 <= len(names) < ILLEGAL:
+        fail(f"{path}: it lists {len(names)} classes; 2 to {ILLEGAL - 1} are possible")
+    if len(set(names)) < len(names) or len(set(used)) < len(used):
+        fail(f"{path}: a class or a color is listed twice")
+    names, values = tuple(names), dict(enumerate(labels))
     if not listed:
-        return DataSet(tuple(names), (), values=dict(enumerate(labels)))
-    colors = {color: label for (_, color), label in zip(entries, labels)}
-    palette = tuple(color for name, color in entries if name != "ignore")
-    if any(len(set(color)) > 1 for color in used):  # one-channel masks hold line numbers
-        values, modes = dict(enumerate(labels)), ("P", "RGB", "RGBA")
-    else:  # they hold gray values, of which 255 means ignored unless it is listed
-        values, modes = {}, ("1", "L", "LA", "P", "RGB", "RGBA")
+        return DataSet(names, (), values=values)
+    colors, modes = dict(zip(used, labels)), ("P", "RGB", "RGBA")
+    palette = tuple(color for color, label in colors.items() if label != IGNORED)
+    if all(len(set(color)) == 1 for color in used):
+        # One-channel masks hold gray values, of which 255 is ignored unless listed; else, they hold line numbers.
+        values, modes = {}, ("1", "L", "LA", *modes)
         colors.setdefault((255, 255, 255), IGNORED)
-    return DataSet(tuple(names), (), palette, values=values, colors=colors, color_modes=modes)
+    return DataSet(names, (), palette, values=values, colors=colors, color_modes=modes)
 
 
 def color_table(colors, tolerance):
@@ -462,31 +443,28 @@ class Labeled:
     def name(self, i):
         return self.pairs[i][0]
 
-    def load(self, i):
-        """A mask as it is stored: indices [H, W] or colors uint8 [H, W, 3], and the colors [n, 3] of indices
-        with a palette, else None. Raises ValueError."""
+    def labels(self, i):
+        """Labels of a mask; the number of pixels that belong to no class, now ignored; and for class indices
+        with a palette, the colors of those that occur as numbers [256], else 0. Raises ValueError."""
+        palette_colors, most = np.zeros(256, np.int64), 0
         with Image.open(self.pairs[i][1]) as mask:
-            if self.data.colors and mask.mode in self.data.color_modes:
-                return np.asarray(mask.convert("RGB")), None
-            raw, palette = np.asarray(mask), mask.getpalette()
-        if raw.ndim != 2 or raw.dtype.kind == "f" or mask.format == "JPEG":
+            colored = self.data.colors and mask.mode in self.data.color_modes
+            raw, palette = np.asarray(mask.convert("RGB") if colored else mask), mask.getpalette()
+        if colored:  # a few other colors, left by compression or imprecise painting, are ignored
+            labels, most = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]], MOST_IGNORED
+        elif raw.ndim != 2 or raw.dtype.kind == "f" or mask.format == "JPEG":
             kind = "it is a JPEG, which changes" if mask.format == "JPEG" else f"it has mode {mask.mode}, not"
             raise ValueError(f"{kind} class indices; for folder:DIR, {LIST_THEM}")
-        return raw, palette and np.reshape(palette, (-1, 3))
-
-    def labels(self, raw):
-        """Labels of a mask, and the number of pixels that belong to no class, now ignored. Raises ValueError."""
-        if raw.ndim == 3:
-            labels, most = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]], MOST_IGNORED
         else:  # negative values and values that are too large take the last entry, which is illegal
-            labels, most = self.of_value.take(raw.astype(np.uint32), mode="clip"), 0
-        # A few other colors, left by compression or imprecise painting, are ignored; other indices are not.
+            labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
+            if palette:
+                palette_colors[: len(palette) // 3] = np.reshape(palette, (-1, 3)) @ (65536, 256, 1) + 1
+                palette_colors *= np.bincount(raw.ravel(), minlength=256) > 0
         wrong = labels == ILLEGAL
         if wrong.mean() > most:
-            value = raw[wrong][0].tolist()
-            text = f"{wrong.sum()} pixels ({wrong.mean():.1%}) belong to no class, such as {value}"
-            raise ValueError(text + (f"; colors that are not listed may fill {most:.0%}" if most else ""))
-        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
+            share = f"{wrong.sum()} pixels ({wrong.mean():.1%}, at most {most:.0%} are ignored)"
+            raise ValueError(f"{share} belong to no class, such as {raw[wrong][0].tolist()}")
+        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum()), palette_colors
 
     def fit(self, labels, height, width):
         """Labels, cropped to their image if the data set allows it. Raises ValueError if sizes differ."""
@@ -498,11 +476,9 @@ class Labeled:
         return labels
 
     def check(self, i):
-        """Pixels by label [256]; ignored pixels, whether the mask was cropped, the short side of the image
-        [3]; per palette index whether it is used, its color and the color's square [768]. Raises ValueError,
-        OSError."""
-        raw, palette = self.load(i)
-        labels, ignored = self.labels(raw)
+        """For sums over masks: pixels by label [256]; ignored pixels, whether the mask was cropped, the short
+        side of its image; palette colors: used or not, their values and squares [3 * 256]. Raises ValueError."""
+        labels, ignored, colors = self.labels(i)
         try:
             with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
                 width, height = image.size
@@ -511,17 +487,12 @@ class Labeled:
         except OSError as error:
             raise ValueError(f"its image {self.name(i)} cannot be read: {error}") from error
         fitted = self.fit(labels, height, width)
-        colors = np.zeros((3, 256), np.int64)
-        if palette is not None:
-            colors[1, : len(palette)] = palette @ (65536, 256, 1)
-            colors[0], colors[2] = 1, colors[1] ** 2
-            colors *= np.bincount(raw.ravel(), minlength=256) > 0
-        counts = np.bincount(fitted.ravel(), minlength=256)
-        return np.array([*counts, ignored, fitted.shape != labels.shape, min(height, width), *colors.ravel()])
+        counts, cropped = np.bincount(fitted.ravel(), minlength=256), fitted.shape != labels.shape
+        return np.array([*counts, ignored, cropped, min(height, width), *(colors > 0), *colors, *colors**2])
 
     def read(self, i):
         image = train.read_image(self.pairs[i][0])
-        return image, torch.from_numpy(self.fit(self.labels(self.load(i)[0])[0], *image.shape[1:]).copy())
+        return image, torch.from_numpy(self.fit(self.labels(i)[0], *image.shape[1:]).copy())
 
 
 class DrawnScenes(Labeled):
@@ -539,8 +510,8 @@ class DrawnScenes(Labeled):
 
 
 def check_masks(part, rank, world_size, device):
-    """Read all masks once, shared among the processes, and set part.pixels -> sums of what Labeled.check
-    returns besides. Exits with an error that names invalid masks."""
+    """Read all masks once, shared among the processes, and set part.pixels -> the other sums of Labeled.check.
+    Exits with an error that names invalid masks."""
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     wrong, nothing = [], np.zeros(256 + 3 + 768, np.int64)
 
@@ -569,65 +540,61 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         parts = [DrawnScenes(seeds[split]) for split in splits]
         return parts, list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
     data = DATASETS[name]
-    data = (read_class_list(places(data, folder)) if name == "folder" else None) or data
+    if name == "folder":
+        data = read_class_list(places(data, folder)) or data
     names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
-    if classes and len(names) != len(classes):
-        fail(f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}")
     if classes and names != list(classes):
-        fail(
-            f"the checkpoint has the classes {', '.join(classes)}, but {name} has {', '.join(names)}; "
-            "use the same names in the same order"
-        )
+        old, new = (", ".join(x[:30]) for x in (classes, names))
+        counts = f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}"
+        fail(f"{counts}: {old}; {new}; use the same names in the same order")
     start, parts, sums = time.perf_counter(), [], 0
     for split in splits:
         pairs = find_pairs(name, folder, split, args.pairs)
         say(f"{split}: {len(pairs)} images, such as {pairs[0][0]} with {pairs[0][1]}")
         parts.append(Labeled(data, pairs, len(names)))
         sums = sums + check_masks(parts[-1], rank, world_size, device)
-    (ignored, cropped, short), palettes = sums[:3], sums[3:].reshape(3, 256)
-    images = sum(map(len, parts))
+    ignored, cropped, short = sums[:3]
+    pixels, images = sum(part.pixels for part in parts), sum(map(len, parts))
     say(f"{images} masks checked in {time.perf_counter() - start:.1f} s")
     if ignored:
-        part_of_all = ignored / sum(part.pixels.sum() for part in parts)
-        say(f"note: {ignored} pixels ({part_of_all:.2%}) belong to no class and are ignored")
+        say(f"note: {ignored} pixels ({ignored / pixels.sum():.2%}) belong to no class and are ignored")
     if cropped:
         say(f"note: {cropped} masks cropped to their images")
     if args.base_size and short > 2 * args.base_size * images:
         shrunk = f"from a short side of {short / images:.0f} to {args.base_size} pixels"
         say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
     if name == "folder":
-        pixels, known = sum(part.pixels for part in parts), bool(data.classes or args.classes or classes)
-        check_classes(f"--data folder:{folder}", data, dict(zip(splits, parts)), pixels, palettes, known)
+        known = bool(data.classes or args.classes or classes)
+        problem = problem_of_values(data, dict(zip(splits, parts)), pixels, sums[3:].reshape(3, 256), known)
+        if problem:
+            values = [str(value) for value in np.flatnonzero(pixels)]
+            values[20:] = ["..."] * (len(values) > 20)
+            remedy = f"{LIST_THEM}, or give --classes N for masks with the values 0..N-1"
+            fail(
+                f"--data folder:{folder}: the masks hold the values {', '.join(values)}: {problem}; {remedy}"
+            )
         names = names if known else names[: np.count_nonzero(pixels[:IGNORED])]
     return parts, names, list(data.palette or voc_palette(len(names)))
 
 
-def check_classes(flag, data, parts, pixels, palettes, known):
-    """End the run if the values in the masks of a folder do not look like class indices. pixels: by label, of
-    all parts together; palettes: see Labeled.check; known: the class names or their number were given."""
-    used, total, squares = palettes
-    values, reason = np.flatnonzero(pixels).tolist(), None
-    classes = [k for k in values if k != IGNORED]
-    # A split where 255 is a class, and not ignored, would be compared with the wrong numbers.
+def problem_of_values(data, parts, pixels, palettes, known):
+    """Why the masks of a folder do not seem to hold class indices, or None. pixels: by label, over all parts;
+    palettes: sums of Labeled.check; known: the classes were given, and not taken from the values."""
     for split, part in parts.items():
+        # Where 255 is a class, and not ignored, a split would be compared with the wrong numbers.
         ignored = part.pixels[IGNORED] > 0 and not data.colors
         if np.count_nonzero(part.pixels[:IGNORED]) < 2 and (ignored or split == "train"):
-            reason = f"fewer than two classes in {split}" + ", because 255 means ignored" * ignored
-    if not known and reason is None:
-        if len(classes) > MOST_INFERRED:
-            reason = f"more than {MOST_INFERRED} values; gray edges may have been drawn between the classes"
-        elif classes != list(range(len(classes))):
-            reason = "the sequence has gaps"
-        elif pixels[IGNORED] > pixels.sum() / 4:
-            reason = f"255, which means ignored, fills {pixels[IGNORED] / pixels.sum():.0%} of the pixels, as a class would"
-    if reason:
-        shown = ", ".join(map(str, values[:20])) + ", ..." * (len(values) > 20)
-        fail(
-            f"{flag}: the masks hold the values {shown}: {reason}; {LIST_THEM}; or give --classes N for the values 0..N-1"
-        )
-    if (used * squares != total**2).any():  # the variance of an index's color
-        value = np.flatnonzero(used * squares != total**2)[0]
-        fail(f"{flag}: the palettes of the masks differ: {value} has several colors; {LIST_THEM}")
+            return f"fewer than two classes in {split}" + ", because 255 means ignored" * ignored
+    used, total, squares = palettes
+    if (used * squares != total**2).any():  # an index of constant color has no variance
+        return "the palettes differ from file to file, so that one value has several colors"
+    classes, ignored = np.flatnonzero(pixels[:IGNORED]), pixels[IGNORED] / pixels.sum()
+    if not known and len(classes) > MOST_INFERRED:
+        return f"more than {MOST_INFERRED}, as at gray edges"
+    if not known and len(classes) <= classes[-1]:
+        return "the sequence has gaps"
+    if not known and ignored > 0.25:
+        return f"255, which means ignored, fills {ignored:.0%} of the pixels, as a class would"
 
 
 def choose_subset(images, fraction, seed):

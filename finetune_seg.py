@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -328,28 +327,33 @@ def find_pairs(name, folder, split, patterns=None):
 
 
 def suggest_pairs(folder):
-    """The patterns of --pairs that fit all images of a folder and most files, or None."""
+    """The patterns of --pairs with the most images, each with its mask, or None."""
     groups, fitting = {}, []
     for path in sorted(Path(folder).rglob("*.*")):
         parts = path.relative_to(folder).parts[:-1]
         place = [re.sub(f"(?i)^(?:{'|'.join(SPLITS.values())})$", "{split}", part) for part in parts]
         if path.suffix.lower() in Image.registered_extensions():
             groups.setdefault(("/".join([*place, ""]), path.suffix), []).append(path)
-    for (place, suffix), (mask_place, mask_suffix) in itertools.product(list(groups)[:8], repeat=2):
-        # The longest text that an image shares with a mask becomes the star.
-        image, shared = groups[place, suffix][0], []
-        for mask in groups[mask_place, mask_suffix][:200]:
-            same = SequenceMatcher(None, image.stem, mask.stem, False).find_longest_match()
-            text = image.stem[same.a : same.a + same.size].strip("-_. ")
-            shared.append((len(text) if mask != image else 0, text, mask))
-        size, text, mask = max(shared)
-        star, mask_star = (file.stem.replace(text, "*", 1) if size else "*" for file in (image, mask))
-        layout = [place + star + suffix, mask_place + mask_star + mask_suffix]
-        found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS]
-        if size and all(masks.keys() >= set(wanted) for _, masks, wanted in found):
-            # Of an image and its mask, the image has more colors.
-            colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
-            fitting.append((sum(len(wanted) for *_, wanted in found), colors[0] > colors[1], layout))
+    for images, masks in itertools.product(list(groups)[:6], repeat=2):
+        # What an image shares with its mask: its name, the number in it, or what is before or after a separator.
+        image = groups[images][0]
+        ends = [re.sub(pattern, "", image.stem) for pattern in ("[-_. ][^-_. ]*$", "^[^-_. ]*[-_. ]")]
+        for text in dict.fromkeys([image.stem, *ends, *re.findall("[0-9]+", image.stem)]):
+            named = [file for file in groups[masks] if text in file.stem and file != image]
+            if not named:
+                continue
+            mask = min(named, key=lambda file: len(file.stem))
+            files = ((images, image), (masks, mask))
+            layout = [place + file.stem.replace(text, "*", 1) + suffix for (place, suffix), file in files]
+            found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS]
+            size = sum(len(wanted) for *_, wanted in found)
+            if 2 * size < len(groups[images]) or any(
+                set(wanted) - masks.keys() for _, masks, wanted in found
+            ):
+                continue
+            with contextlib.suppress(Exception):  # a damaged file can make a decoder raise anything
+                colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
+                fitting += [(size, layout)] * (colors[0] > colors[1])  # a photo has more colors than its mask
     return max(fitting, default=[None])[-1]
 
 

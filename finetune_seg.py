@@ -301,7 +301,7 @@ def find_pairs(name, folder, split, patterns=None):
             break
     else:
         looked = "; ".join(" with ".join(layout[:2]) for layout in layouts)
-        fail(f"{flag}: no images with masks; {what_is_there(name, folder)}; looked for {looked}")
+        fail(f"{flag}: no images with masks; {what_is_there(folder, name == "folder")}; looked for {looked}")
     has_splits = any("{split}" in str(text) for text in layout)
     if split == "test" and not (has_splits and found["test"][2]):
         fail(f"{flag}: it has no test split")
@@ -316,7 +316,8 @@ def find_pairs(name, folder, split, patterns=None):
     if missing or not wanted:
         shown = "; ".join(missing[:3] + ["..."] * (len(missing) > 3))
         lacks = f"lacks {len(missing)} files: {shown}" if missing else "has no images"
-        fail(f"{flag}: the {split} split {lacks}; {what_is_there(name, folder)}")
+        suggest = name == "folder" and not images.keys() & masks.keys()
+        fail(f"{flag}: the {split} split {lacks}; {what_is_there(folder, suggest)}")
     pairs = [(images[key], masks[key]) for key in wanted]
     if held_out:
         train.warn_once(f"{flag}: no validation split, so every fifth image is held out")
@@ -354,10 +355,10 @@ def suggest_pairs(folder):
             with contextlib.suppress(Exception):  # a damaged file can make a decoder raise anything
                 colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
                 fitting += [(size, layout)] * (colors[0] > colors[1])  # a photo has more colors than its mask
-    return max(fitting, default=[None])[-1]
+    return max(fitting, key=lambda fit: fit[0], default=[None])[-1]  # the first of the best
 
 
-def what_is_there(name, folder):
+def what_is_there(folder, suggest):
     """For messages: the folders that hold files, and the --pairs that would fit."""
     holds = []
     for parent, folders, files in os.walk(folder):
@@ -365,7 +366,7 @@ def what_is_there(name, folder):
         if files:
             holds.append(f"{os.path.relpath(parent, folder)}/ holds {len(files)} files such as {min(files)}")
     text = "; ".join(holds[:6] + ["..."] * (len(holds) > 6)) or "the folder is empty"
-    layout = suggest_pairs(folder) if name == "folder" else None
+    layout = suggest_pairs(folder) if suggest else None
     return f"{text}; this fits: --pairs {shlex.join(layout)}" if layout else text
 
 

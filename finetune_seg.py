@@ -45,8 +45,7 @@ HELD_OUT = 5  # every fifth image is held out if a data set has no validation sp
 MOST_IGNORED = 0.05  # largest share of a mask's pixels with colors that are not listed
 MOST_INFERRED = 64  # largest number of classes that is taken from the values in the masks
 LIST_THEM = (
-    "list the colors or gray values in a classes.txt in the folder, a line 'NAME R G B' or 'NAME GRAY' per class "
-    "(object 255; 'ignore' as the name of ignored pixels)"
+    "list the classes in DIR/classes.txt, one a line, 'NAME GRAY' or 'NAME R G B', such as 'object 255'"
 )
 VAL_SCENES = 50  # number of drawn scenes for validation
 
@@ -267,9 +266,8 @@ def find_split(root, layout, data, split):
     """Images and masks of a split by key, and the sorted keys of the images that belong to it."""
     images, masks, listing, offset = (*layout, None, None)[:4]
     part = dict(zip(SPLITS, data.splits)).get(split, split)
-    images, masks, lists = (
-        find_files(root, x or "", SPLITS.get(part, part)) for x in (images, masks, listing)
-    )
+    part = SPLITS.get(part, part)
+    images, masks, lists = (find_files(root, patterns or "", part) for patterns in (images, masks, listing))
     if offset and split == "train":
         masks = {(str(int(n) - offset),): file for (n,), file in masks.items()}
     # If masks lie beside the photos, the pattern of the photos may match them too.
@@ -300,8 +298,8 @@ def find_pairs(name, folder, split, patterns=None):
         if any(masks and wanted for _, masks, wanted in found.values()):
             break
     else:
-        looked = "; ".join(" with ".join(layout[:2]) for layout in layouts)
-        fail(f"{flag}: no images with masks; {what_is_there(folder, name == "folder")}; looked for {looked}")
+        looked = ", ".join(dict.fromkeys(f"{x[0]} with {x[1].split('|')[0]}" for x in layouts))
+        fail(f"{flag}: no images with masks; looked for {looked}; {what_is_there(folder, not data.classes)}")
     has_splits = any("{split}" in str(text) for text in layout)
     if split == "test" and not (has_splits and found["test"][2]):
         fail(f"{flag}: it has no test split")
@@ -316,7 +314,7 @@ def find_pairs(name, folder, split, patterns=None):
     if missing or not wanted:
         shown = "; ".join(missing[:3] + ["..."] * (len(missing) > 3))
         lacks = f"lacks {len(missing)} files: {shown}" if missing else "has no images"
-        suggest = name == "folder" and not images.keys() & masks.keys()
+        suggest = not data.classes and images.keys().isdisjoint(masks)
         fail(f"{flag}: the {split} split {lacks}; {what_is_there(folder, suggest)}")
     pairs = [(images[key], masks[key]) for key in wanted]
     if held_out:
@@ -336,25 +334,21 @@ def suggest_pairs(folder):
         if path.suffix.lower() in Image.registered_extensions():
             groups.setdefault(("/".join([*place, ""]), path.suffix), []).append(path)
     for images, masks in itertools.product(list(groups)[:6], repeat=2):
-        # What an image shares with its mask: its name, the number in it, or what is before or after a separator.
+        # An image shares its name, a number in it, or what is before or after a separator with its mask.
         image = groups[images][0]
         ends = [re.sub(pattern, "", image.stem) for pattern in ("[-_. ][^-_. ]*$", "^[^-_. ]*[-_. ]")]
         for text in dict.fromkeys([image.stem, *ends, *re.findall("[0-9]+", image.stem)]):
             named = [file for file in groups[masks] if text in file.stem and file != image]
-            if not named:
-                continue
-            mask = min(named, key=lambda file: len(file.stem))
+            mask = min(named, key=lambda file: len(file.stem), default=image)
             files = ((images, image), (masks, mask))
             layout = [place + file.stem.replace(text, "*", 1) + suffix for (place, suffix), file in files]
-            found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS]
-            size = sum(len(wanted) for *_, wanted in found)
-            if 2 * size < len(groups[images]) or any(
-                set(wanted) - masks.keys() for _, masks, wanted in found
-            ):
-                continue
-            with contextlib.suppress(Exception):  # a damaged file can make a decoder raise anything
-                colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
-                fitting += [(size, layout)] * (colors[0] > colors[1])  # a photo has more colors than its mask
+            found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS if named]
+            fits = [key in there for _, there, wanted in found for key in wanted]
+            if all(fits) and 2 * len(fits) >= len(groups[images]):
+                with contextlib.suppress(Exception):  # a damaged file can make a decoder raise anything
+                    # Of an image and its mask, the image has more colors.
+                    colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
+                    fitting += [(len(fits), layout)] * (colors[0] > colors[1])
     return max(fitting, key=lambda fit: fit[0], default=[None])[-1]  # the first of the best
 
 
@@ -387,7 +381,7 @@ def read_class_list(folders):
     # The value of labelme's __ignore__ is always 255, so its line does not count.
     lines = [line for line in lines if line and line[0] != "#" and line != "__ignore__"]
     number = r"[\s:,;]+(\d+)"
-    colors, grays = ([re.fullmatch(f"(.+?){number * n}\\s*(?::.*)?", x) for x in lines] for n in (3, 1))
+    colors, grays = ([re.fullmatch(f"(.+?){number * n}(?::.*)?", x) for x in lines] for n in (3, 1))
     # "lane 1" and "lane 2" are two names, not one class with two gray values.
     listed = any(colors) or (all(grays) and len({match[1] for match in grays}) == len(grays))
     labels, names, used = [], [], []  # used: colors, by line
@@ -410,7 +404,7 @@ def read_class_list(folders):
     colors, modes = dict(zip(used, labels)), ("P", "RGB", "RGBA")
     palette = tuple(color for color, label in colors.items() if label != IGNORED)
     if all(len(set(color)) == 1 for color in used):
-        # One-channel masks hold gray values, of which 255 is ignored unless listed; else, they hold line numbers.
+        # One-channel masks hold gray values (255 is ignored unless listed), and not line numbers.
         values, modes = {}, ("1", "L", "LA", *modes)
         colors.setdefault((255, 255, 255), IGNORED)
     return DataSet(names, (), palette, values=values, colors=colors, color_modes=modes)
@@ -531,7 +525,7 @@ def check_masks(part, rank, world_size, device):
         sums = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
     *sums, found = train.sum_over_processes([*sums.tolist(), len(wrong)], device)
     if found:
-        fail(f"{found} masks are invalid; {'; '.join(sorted(wrong)[:3]) or 'another process names them'}")
+        fail(f"{found} masks are invalid, such as {min(wrong, default='one that another process names')}")
     part.pixels = np.array(sums[:256])
     return np.array(sums[256:])
 

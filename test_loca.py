@@ -2047,15 +2047,14 @@ def test_layouts(name, image, mask, text, content, meaning, tmp_path):
 
 @pytest.mark.parametrize("names", ["train val test", "Training valid TEST", "TRAIN Validation testing"])
 @pytest.mark.parametrize(
-    "layout", ["images/{} masks/{}", "{}/images {}/masks", "wrapped/{}/images wrapped/{}/masks"]
+    "layout", ["images/{} masks/{}", "{}/images {}/masks", "wrap/{}/images wrap/{}/masks"]
 )
 def test_splits_by_any_of_their_names(names, layout, tmp_path):
-    for i, name in enumerate(names.split()):
-        files = [tmp_path / folder.format(name) / f"{i}.png" for folder in layout.split()]
-        for file, pixels in zip(files, (picture(), columns((0, 1)))):
-            save(file, pixels)
-        pairs = finetune_seg.find_pairs("folder", tmp_path, ("train", "val", "test")[i])
-        assert pairs == [tuple(map(str, files))] if i < 2 else len(pairs) == 1
+    for split, name in zip(("train", "val", "test"), names.split()):
+        image, mask = (tmp_path / folder.format(name) / f"{name}.png" for folder in layout.split())
+        save(image, picture())
+        save(mask, columns((0, 1)))
+        assert finetune_seg.find_pairs("folder", tmp_path, split) == [(str(image), str(mask))]
 
 
 @pytest.mark.parametrize("image, mask, pairs", UNKNOWN)
@@ -2079,9 +2078,7 @@ def test_several_candidates_are_never_searched(tmp_path):
     for name in ("patient1", "patient2"):
         small_folder(tmp_path / name)
     said = fails_to(open_part, "folder", tmp_path)
-    assert (
-        "no images with masks; " in said and "; patient1/images/train/ holds 6 files such as 0.png; " in said
-    )
+    assert re.search("no images with masks; .*; patient1/images/train/ holds 6 files such as 0.png; ", said)
     small_folder(tmp_path)
     (tmp_path / "masks/train/0.png").unlink()
     assert "train/0.png has no mask" in fails_to(open_part, "folder", tmp_path)

@@ -461,8 +461,8 @@ class Labeled:
                 palette_colors *= np.bincount(raw.ravel(), minlength=256) > 0
         wrong = labels == ILLEGAL
         if wrong.mean() > most:
-            share = f"{wrong.sum()} pixels ({wrong.mean():.1%}, at most {most:.0%} are ignored)"
-            raise ValueError(f"{share} belong to no class, such as {raw[wrong][0].tolist()}")
+            found = f"{wrong.sum()} pixels ({wrong.mean():.1%}, at most {most:.0%} are ignored)"
+            raise ValueError(f"{found} belong to no class, such as {raw[wrong][0].tolist()}")
         return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum()), palette_colors
 
     def fit(self, labels, height, width):

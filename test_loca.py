@@ -2216,6 +2216,16 @@ def test_faulty_masks_are_named(pattern, content, said, classes, tmp_path):
     assert re.search(said, fails_to(open_part, "folder", tmp_path, "train val", classes=classes))
 
 
+def test_masks_of_an_evaluation_are_checked_too(tmp_path):
+    """Trained on 0 and 1, evaluated on 0 and 255, every object would be ignored."""
+    save(tmp_path / "images/val/a.png", picture())
+    save(tmp_path / "masks/val/a.png", columns([0, 255]))
+    said = fails_to(open_part, "folder", tmp_path, "val", known=["rest", "object"])
+    assert "0, 255: fewer than two classes in val, because 255 means ignored" in said
+    save(tmp_path / "classes.txt", b"rest 0\nobject 255")
+    assert open_part("folder", tmp_path, "val", known=["rest", "object"])[0].pixels[:2].tolist() == [4, 20]
+
+
 def test_masks_of_photos_on_their_side(tmp_path):
     """A mask is as upright as the photo is shown, whatever size the file stores."""
     save(tmp_path / "images/train/side.jpg", picture(20, 30), exif=SIDEWAYS)

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -35,7 +36,17 @@ import train
 from train import fail, float_or_0, int_or_0, positive_float, positive_int, say, share, share_or_0
 
 IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
+SPLITS = {
+    "train": "train|training",
+    "val": "val|valid|validation",
+    "test": "test|testing",
+}  # names of {split}
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
+MOST_IGNORED = 0.05  # largest share of a mask's pixels with colors that are not listed
+MOST_INFERRED = 64  # largest number of classes that is taken from the values in the masks
+LIST_THEM = (
+    "list the classes in DIR/classes.txt, one a line, 'NAME GRAY' or 'NAME R G B', such as 'object 255'"
+)
 VAL_SCENES = 50  # number of drawn scenes for validation
 
 
@@ -47,12 +58,14 @@ class DataSet:
     """One data set: where its files are, how a mask becomes class indices, and the protocol's defaults.
 
     layouts: patterns of the images and of their masks, optionally that of a list of names, and optionally an
-    offset of the mask numbers in the training split. They are tried in turn in the folder, in `roots` below it
-    and in its subfolders. An image and a mask belong together if their stars match the same text, or their
-    '#' the same number; '|' separates alternatives, '.*' at the end matches any image extension. Without
-    {split}, every fifth image is held out. splits: the values of {split}. values: class of each value of an
-    integer mask; None if the value is the class. colors: class of each RGB color. stray: largest share of a
-    mask's pixels that may belong to no class; they are ignored. base_size 0: each image's own size.
+    offset of the mask numbers in the training split. The first one that fits is used for all splits; it is
+    searched in the folder, in `roots` below it, and in a single folder that wraps everything. An image and a
+    mask belong together if their stars match the same text, or their '#' the same number; '|' separates
+    alternatives, '.*' at the end matches any image extension. Without {split}, every fifth image is held out.
+    splits: the values of {split}, in any capitalization; train, val and test may be spelled out (SPLITS).
+    values: class of each value of an integer mask; None if the value is the class. colors: class of each RGB
+    color; masks in `color_modes` are read as colors. A pixel has the class of a color if none of its channels
+    differs by more than `tolerance`. base_size 0: each image's own size.
     """
 
     classes: tuple
@@ -62,9 +75,9 @@ class DataSet:
     roots: tuple = ()
     values: dict | None = None
     colors: dict | None = None
-    palette_indices: bool = True  # a mask with a palette holds class indices, not colors
-    painted: bool = False  # SUIM: only colors, channels are near 0 or 255, masks may exceed their images
-    stray: float = 0.0
+    color_modes: tuple = ("RGB", "RGBA")  # Pillow's; other masks hold class indices
+    tolerance: int = 40
+    crop_masks: bool = False  # masks may exceed their images at the bottom and right
     base_size: int = 512
     crop: int = 512
     stride: int = 512
@@ -171,12 +184,11 @@ VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
 CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
     "ade20k": DataSet(
-        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE, ("training", "validation"),
+        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE, ("train", "val"),
         ("ADEChallengeData2016",), values=shifted(150)),
     "voc2012": DataSet(
-        VOC, (("JPEGImages/*.jpg", "SegmentationClassAug/*.png|SegmentationClass/*.png",
-               "ImageSets/Segmentation/{split}aug.txt"),
-              ("JPEGImages/*.jpg", "SegmentationClass/*.png", "ImageSets/Segmentation/{split}.txt")),
+        VOC, (("JPEGImages/*.jpg", "SegmentationClass/*.png|SegmentationClassAug/*.png",
+               "ImageSets/Segmentation/{split}aug.txt|ImageSets/Segmentation/{split}.txt"),),
         voc_palette(21), ("train", "val"), VOC_ROOTS, crop=480, stride=320, batch=16),
     "context": DataSet(
         CONTEXT, CONTEXT_FILES, ADE20K_PALETTE[:60], ("train", "val"), VOC_ROOTS, base_size=520, crop=480, stride=320,
@@ -195,8 +207,8 @@ DATASETS = {
         CAMVID, (("{split}/*.*", "{split}annot/*.png"), ("{split}/*.*", "{split}_labels/*_L.png"),
                  ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", "{split}.txt")),
         tuple(CAMVID_COLORS[k][0] for k in range(11)), values={k: k for k in range(11)} | {11: IGNORED},
-        colors={color: k for k, colors in CAMVID_COLORS.items() for color in colors}, stray=0.05, base_size=360, crop=320,
-        stride=160, lr=0.01, epochs=216),
+        colors={color: k for k, colors in CAMVID_COLORS.items() for color in colors}, base_size=360, crop=320, stride=160,
+        lr=0.01, epochs=216),
     "idd": DataSet(
         IDD, (("leftImg8bit/{split}/*/*_leftImg8bit.*", "gtFine/{split}/*/*_gtFine_labellevel3Ids.png"),), IDD_PALETTE,
         ("train", "val"), base_size=720, crop=640, lr=0.01, epochs=108),
@@ -217,27 +229,30 @@ DATASETS = {
                                   ("images", "masks"))
             for image, these in (("*_RGB.tif", ("*_label.tif", "*_label_noBoundary.tif")),
                                  ("*.tif", ("*.tif", "*_noBoundary.tif")), ("*.*", ("*.*",)))),
-        ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, stray=0.05,
-        base_size=0),
+        ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, base_size=0),
     "suim": DataSet(
         SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), SUIM_PALETTE, ("train_val", "TEST"), ("SUIM",),
-        palette_indices=False, painted=True, colors=dict(zip(SUIM_PALETTE, range(8))), base_size=480, crop=480, stride=320),
+        values={}, colors=dict(zip(SUIM_PALETTE, range(8))), color_modes=("P", "RGB", "RGBA"), tolerance=127, crop_masks=True,
+        base_size=480, crop=480, stride=320),
     "folder": DataSet((), (
-        ("images/{split}/*.*", "masks/{split}/*.*"), ("images/{split}/*.*", "masks/{split}/*_mask.*"),
+        ("images/{split}/*.*", "masks/{split}/*.*|masks/{split}/*_mask.*"),
+        ("{split}/images/*.*", "{split}/masks/*.*|{split}/masks/*_mask.*"),
         ("JPEGImages/*.*", "SegmentationClass/*.*", "ImageSets/Segmentation/{split}.txt"),
-        ("JPEGImages/*.*", "SegmentationClass/*.*"), ("images/*.*", "masks/*.*"), ("images/*.*", "masks/*_mask.*"))),
+        ("JPEGImages/*.*", "SegmentationClass/*.*"), ("images/*.*", "masks/*.*|masks/*_mask.*"))),
 }
 # fmt: on
 
 
-def find_files(root, patterns):
-    """Files below `root` that match one of the patterns, keyed by the text that its stars and '#' match."""
-    found, extension = {}, "|".join(map(re.escape, train.EXTENSIONS))
+def find_files(root, patterns, split):
+    """Files below `root` that match one of the patterns, keyed by the text that stars and '#' match. `split`
+    is a regular expression for the place of {split}."""
+    found, any_image = {}, "|".join(map(re.escape, Image.registered_extensions()))
     for pattern in reversed(patterns.split("|")):  # the first alternative wins
         regex = re.escape(pattern.removesuffix(".*")).replace(r"\*", "([^/]*)").replace(r"\#", "0*([0-9]+)")
-        regex += f"(?i:{extension})" if pattern.endswith(".*") else ""
-        files = {}
-        for name in glob.glob(pattern.replace("#", "*"), root_dir=root):  # never finds hidden files
+        regex = regex.replace(r"\{split\}", f"(?i:{split})")
+        regex += f"(?i:{any_image})" if pattern.endswith(".*") else ""
+        wide, files = glob.escape(pattern).replace("[*]", "*").replace("#", "*").replace("{split}", "*"), {}
+        for name in glob.glob(wide, root_dir=root):  # never finds hidden files
             path, match = os.path.join(root, name), re.fullmatch(regex, name.replace(os.sep, "/"), re.DOTALL)
             if match and match.groups() in files:
                 fail(f"{path} and {files[match.groups()]}: the same name twice; remove one")
@@ -247,130 +262,179 @@ def find_files(root, patterns):
     return found
 
 
-def search_layouts(name, folder, split):
-    """(pairs, whether the layout has parts) of the first complete layout; pairs is None if no layout is
-    found. Exits with an error if files named in a list are missing, or if all layouts in a folder are
-    incomplete."""
-    data = DATASETS[name]
-    part = dict(zip(("train", "val", "test"), data.splits))[split]
-    subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    layouts = [(*layout, None, None)[:4] for layout in data.layouts]  # the last two entries are optional
-    for root in (Path(folder, place) for place in ("", *data.roots, *subfolders)):
-        lists = {
-            images: [root / text.format(split=x) for x in data.splits]
-            for images, _, text, _ in layouts
-            if text
-        }
-        problem = None
-        for images, masks, listing, offset in layouts:
-            lines = []  # names, or paths of images, one per line
-            if listing and (names_file := root / listing.format(split=part)).exists():
-                lines = [*filter(None, map(str.strip, names_file.read_text().splitlines()))]
-            if listing and not lines:
-                continue
-            if not listing and any(path.exists() for path in lists.get(images, ())):
-                continue  # the lists decide which images belong to a split
-            image_files, mask_files = (find_files(root, x.format(split=part)) for x in (images, masks))
-            if not image_files or not mask_files:
-                continue
-            if offset and split == "train":
-                mask_files = {(str(int(n) - offset),): file for (n,), file in mask_files.items()}
-            wanted = sorted(image_files)
-            if lines:  # names can have spaces, but some lists have a second column
-                readings = ([x, Path(x).stem, Path(x.split()[0]).stem] for x in lines)
-                wanted = sorted({(next((n for n in x if (n,) in image_files), x[-1]),) for x in readings})
-            missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in image_files]
-            missing += [f"{'/'.join(key)!r} has no mask" for key in wanted if key not in mask_files]
-            if wanted and not missing:
-                pairs = [(image_files[key], mask_files[key]) for key in wanted]
-                return pairs, "{split}" in images + (listing or "")
-            shown = "; ".join(missing[:4] + ["..."] * (len(missing) > 4))
-            problem = problem or f"the {split} split lacks files, {len(missing)} in all: {shown}"
-            if lines:
-                break
-        if problem:
-            fail(f"--data {name}:{folder}: {problem}; add them, or remove the images or list entries")
-    return None, True
+def find_split(root, layout, data, split):
+    """Images and masks of a split by key, and the sorted keys of the images that belong to it."""
+    images, masks, listing, offset = (*layout, None, None)[:4]
+    part = dict(zip(SPLITS, data.splits)).get(split, split)
+    part = SPLITS.get(part, part)
+    images, masks, lists = (find_files(root, patterns or "", part) for patterns in (images, masks, listing))
+    if offset and split == "train":
+        masks = {(str(int(n) - offset),): file for (n,), file in masks.items()}
+    # If masks lie beside the photos, the pattern of the photos may match them too.
+    used = {masks[key] for key in images.keys() & masks.keys()}
+    images = {key: file for key, file in images.items() if file not in used}
+    if not listing:
+        return images, masks, sorted(images)
+    lines = "".join(Path(file).read_text() for file in lists.values()).splitlines()
+    # A line is a name or the path of an image; names can have spaces, but some lists have a second column.
+    readings = [(x, Path(x).stem, Path(x.split()[0]).stem) for x in map(str.strip, lines) if x]
+    return images, masks, sorted({(next((n for n in x if (n,) in images), x[-1]),) for x in readings})
 
 
-def find_pairs(name, folder, split):
-    """(image file, mask file) pairs of a split, in name order. Exits with an error if files are missing."""
-    pairs, has_parts = search_layouts(name, folder, split)
-    if name == "folder" and has_parts and split != "test" and search_layouts(name, folder, "val")[0] is None:
-        pairs, has_parts = search_layouts(name, folder, "train")[0], False
-    if pairs is None:
-        looked = "; ".join(f"{images} with {masks}" for images, masks, *_ in DATASETS[name].layouts)
-        fail(f"--data {name}:{folder}: no {split} images with masks; looked for {looked}")
-    if has_parts:
-        return pairs
-    if split == "test":
-        fail(f"--data {name}:{folder}: it has no test split")
-    train.warn_once(f"--data {name}:{folder}: no validation split, so every fifth image is held out")
-    pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
+def places(data, folder):
+    """Where layouts are searched: the folder, the data set's roots, and a single folder that wraps all."""
+    inside = [x.path for x in os.scandir(folder) if x.is_dir() and not x.name.startswith((".", "__"))]
+    return [folder, *(os.path.join(folder, root) for root in data.roots), *inside[: len(inside) == 1]]
+
+
+def find_pairs(name, folder, split, patterns=None):
+    """(image file, mask file) pairs of a split, in name order; `patterns` of --pairs replace the layouts.
+    Exits with an error if files are missing."""
+    data, flag = DATASETS[name], f"--data {name}:{folder}"
+    layouts = [patterns] if patterns else data.layouts
+    # One layout serves all splits: the first one with files of any of them.
+    for root, layout in itertools.product(places(data, folder), layouts):
+        found = {x: find_split(root, layout, data, x) for x in list(SPLITS)[: len(data.splits)]}
+        if any(masks and wanted for _, masks, wanted in found.values()):
+            break
+    else:
+        looked = ", ".join(dict.fromkeys(f"{x[0]} with {x[1].split('|')[0]}" for x in layouts))
+        fail(f"{flag}: no images with masks; looked for {looked}; {what_is_there(folder, not data.classes)}")
+    has_splits = any("{split}" in str(text) for text in layout)
+    if split == "test" and not (has_splits and found["test"][2]):
+        fail(f"{flag}: it has no test split")
+    held_out = split != "test" and (not has_splits or (name == "folder" and not found["val"][2]))
+    images, masks, wanted = found["train" if held_out else split]
+    missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in images]
+    for key in wanted:
+        if key in images and key not in masks:  # say what its mask should be called
+            texts, mask = iter(key), layout[1].split("|")[0].replace("{split}", split)
+            mask = re.sub(r"[*#]", lambda _: next(texts, "*"), re.sub(r"\.\*$", ".png", mask))
+            missing.append(f"{images[key]} has no mask {os.path.join(root, mask)}")
+    if missing or not wanted:
+        shown = "; ".join(missing[:3] + ["..."] * (len(missing) > 3))
+        lacks = f"lacks {len(missing)} files: {shown}" if missing else "has no images"
+        suggest = not data.classes and images.keys().isdisjoint(masks)
+        fail(f"{flag}: the {split} split {lacks}; {what_is_there(folder, suggest)}")
+    pairs = [(images[key], masks[key]) for key in wanted]
+    if held_out:
+        train.warn_once(f"{flag}: no validation split, so every fifth image is held out")
+        pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
     if not pairs:
-        fail(f"--data {name}:{folder}: too few images to hold out every fifth for validation")
+        fail(f"{flag}: too few images to hold out every fifth for validation")
     return pairs
 
 
-def read_class_list(folder):
-    """Classes of a folder from classes.txt ('name' or 'name R G B' per line, 'ignore' for ignored pixels) or
-    CVAT's labelmap.txt ('name:R,G,B::') -> a DataSet with its names, values and colors, or None."""
-    color, entries = r"(\d+)\D+(\d+)\D+(\d+)", []  # entries: name, and RGB color or None
-    patterns = {"classes.txt": rf"(.*?)(?:\s+{color})?\s*", "labelmap.txt": rf"(.*?):{color}:.*"}
-    for file, pattern in patterns.items():
-        path = Path(folder, file)
-        if not entries and path.exists():
-            try:
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                fail(f"{path}: {error}; save it as UTF-8 text")
-            lines = [line for line in lines if line.strip() and line[0] != "#"]
-            matches = filter(None, (re.fullmatch(pattern, line) for line in lines))
-            entries = [(m[1], m[2] and tuple(map(int, m.groups()[1:]))) for m in matches]
-    if not entries:
+def suggest_pairs(folder):
+    """The patterns of --pairs with the most images, each with its mask, or None."""
+    groups, fitting = {}, []
+    for path in sorted(Path(folder).rglob("*.*")):
+        parts = path.relative_to(folder).parts[:-1]
+        place = [re.sub(f"(?i)^(?:{'|'.join(SPLITS.values())})$", "{split}", part) for part in parts]
+        if path.suffix.lower() in Image.registered_extensions():
+            groups.setdefault(("/".join([*place, ""]), path.suffix), []).append(path)
+    for images, masks in itertools.product(list(groups)[:6], repeat=2):
+        # An image shares its name, a number in it, or what is before or after a separator with its mask.
+        image = groups[images][0]
+        ends = [re.sub(pattern, "", image.stem) for pattern in ("[-_. ][^-_. ]*$", "^[^-_. ]*[-_. ]")]
+        for text in dict.fromkeys([image.stem, *ends, *re.findall("[0-9]+", image.stem)]):
+            named = [file for file in groups[masks] if text in file.stem and file != image]
+            mask = min(named, key=lambda file: len(file.stem), default=image)
+            files = ((images, image), (masks, mask))
+            layout = [place + file.stem.replace(text, "*", 1) + suffix for (place, suffix), file in files]
+            found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS if named]
+            fits = [key in there for _, there, wanted in found for key in wanted]
+            if all(fits) and 2 * len(fits) >= len(groups[images]):
+                with contextlib.suppress(Exception):  # a damaged file can make a decoder raise anything
+                    # Of an image and its mask, the image has more colors.
+                    colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
+                    fitting += [(len(fits), layout)] * (colors[0] > colors[1])
+    return max(fitting, key=lambda fit: fit[0], default=[None])[-1]  # the first of the best
+
+
+def what_is_there(folder, suggest):
+    """For messages: the folders that hold files, and the --pairs that would fit."""
+    holds = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(x for x in folders if x[0] != ".")
+        if files:
+            holds.append(f"{os.path.relpath(parent, folder)}/ holds {len(files)} files such as {min(files)}")
+    text = "; ".join(holds[:6] + ["..."] * (len(holds) > 6)) or "the folder is empty"
+    layout = suggest_pairs(folder) if suggest else None
+    return f"{text}; this fits: --pairs {shlex.join(layout)}" if layout else text
+
+
+def read_class_list(folders):
+    """Classes of a folder from the first list found -> a DataSet with its names, values and colors, or None.
+
+    classes.txt and labelme's class_names.txt have a line per class: 'NAME', 'NAME GRAY' or 'NAME R G B';
+    labelmap.txt is CVAT's: 'NAME:R,G,B::'. The name 'ignore' stands for ignored pixels.
+    """
+    files = ("classes.txt", "class_names.txt", "labelmap.txt")
+    path = next((p for p in (Path(x, file) for x in folders for file in files) if p.exists()), None)
+    if path is None:
         return None
-    entries = [("ignore" if name.lower() == "ignore" else name, color) for name, color in entries]
-    names, used = [name for name, _ in entries if name != "ignore"], [c for _, c in entries if c]
-    problems = {
-        "fewer than two classes": len(names) < 2,
-        f"over {ILLEGAL - 1} classes": len(names) >= ILLEGAL,
-        "a class or a color twice": len(set(names)) < len(names) or len(set(used)) < len(used),
-        "a color value above 255": any(max(c) > 255 for c in used),
-    }
-    for problem, found in problems.items():
-        if found:
-            fail(f"{folder}: the class list has {problem}; correct it. Its classes: {', '.join(names[:20])}")
-    values, colors, palette = {}, {}, list(voc_palette(len(names)))
-    # A one-channel mask holds gray values if all listed colors are gray, and line numbers otherwise.
-    gray = all(color and len(set(color)) == 1 for _, color in entries)
-    for k, (name, color) in enumerate(entries):
-        label = IGNORED if name == "ignore" else names.index(name)
-        values.setdefault(k, label)
-        if color:
-            colors[color] = label
-            if gray:
-                values[color[0]] = label
-            if label != IGNORED:
-                palette[label] = color
-    return DataSet(tuple(names), (), tuple(palette), values=values, colors=colors, palette_indices=False)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: {error}; save it as UTF-8 text")
+    # The value of labelme's __ignore__ is always 255, so its line does not count.
+    lines = [line for line in lines if line and line[0] != "#" and line != "__ignore__"]
+    number = r"[\s:,;]+(\d+)"
+    colors, grays = ([re.fullmatch(f"(.+?){number * n}(?::.*)?", x) for x in lines] for n in (3, 1))
+    # "lane 1" and "lane 2" are two names, not one class with two gray values.
+    listed = any(colors) or (all(grays) and len({match[1] for match in grays}) == len(grays))
+    labels, names, used = [], [], []  # used: colors, by line
+    for line, match in zip(lines, map(lambda color, gray: color or gray, colors, grays)):
+        levels = [int(level) for level in match.groups()[1:]] if listed and match else []
+        if listed and not 0 <= max(levels, default=-1) <= 255:
+            fail(f"{path}: cannot read {line!r}; write NAME R G B or NAME GRAY, 0 to 255, in every line")
+        name = match[1] if listed else line
+        ignored = name.lower().strip("_") == "ignore"
+        labels.append(IGNORED if ignored else len(names))
+        names += [] if ignored else [name]
+        used += [tuple(levels * 3)[:3]] if listed else []
+    if not 2 <= len(names) < ILLEGAL:
+        fail(f"{path}: it lists {len(names)} classes; 2 to {ILLEGAL - 1} are possible")
+    if len(set(names)) < len(names) or len(set(used)) < len(used):
+        fail(f"{path}: a class or a color is listed twice")
+    names, values = tuple(names), dict(enumerate(labels))
+    if not listed:
+        return DataSet(names, (), values=values)
+    colors, modes = dict(zip(used, labels)), ("P", "RGB", "RGBA")
+    palette = tuple(color for color, label in colors.items() if label != IGNORED)
+    if all(len(set(color)) == 1 for color in used):
+        # One-channel masks hold gray values (255 is ignored unless listed), and not line numbers.
+        values, modes = {}, ("1", "L", "LA", *modes)
+        colors.setdefault((255, 255, 255), IGNORED)
+    return DataSet(names, (), palette, values=values, colors=colors, color_modes=modes)
+
+
+def color_table(colors, tolerance):
+    """Label of every RGB color, uint8 [256, 256, 256]: that of the listed color from which no channel differs
+    by more than `tolerance`, nor by more than half the difference of the nearest listed color; else ILLEGAL."""
+    table = np.full((256, 256, 256), ILLEGAL, np.uint8)
+    for color, label in colors.items():
+        gaps = [max(abs(a - b) for a, b in zip(color, other)) for other in colors if other != color]
+        reach = min(tolerance, *((gap - 1) // 2 for gap in gaps))
+        table[tuple(slice(max(0, c - reach), c + reach + 1) for c in color)] = label
+    return table
 
 
 class Labeled:
-    """Images with masks on disk, by index: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored."""
+    """Images with masks on disk, by index: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored.
 
-    pixels = None  # by label [256], where known
+    pixels: the pixels by label [256] over all images and processes, once the masks are checked.
+    """
 
     def __init__(self, data, pairs, classes):
-        self.data, self.pairs = data, pairs
+        self.data, self.pairs, self.pixels = data, pairs, None
         # Lookup tables turn whole masks into labels at once.
+        values = {k: k for k in range(classes)} if data.values is None else data.values
         self.of_value = np.full(2**16, ILLEGAL, np.uint8)
-        values = data.values or {k: k for k in range(classes)}
         for value, label in {IGNORED: IGNORED, **values}.items():
             self.of_value[value] = label
-        if data.colors:
-            self.of_color = np.full((256, 256, 256), ILLEGAL, np.uint8)
-            for color, label in data.colors.items():
-                self.of_color[color] = label
+        self.of_color = color_table(data.colors, data.tolerance) if data.colors else None
 
     def __len__(self):
         return len(self.pairs)
@@ -379,36 +443,31 @@ class Labeled:
         return self.pairs[i][0]
 
     def labels(self, i):
-        """Labels of a mask, and the number of its stray pixels, now ignored. Raises ValueError if invalid."""
+        """Labels of a mask; the number of pixels that belong to no class, now ignored; and for class indices
+        with a palette, the colors of those that occur as numbers [256], else 0. Raises ValueError."""
+        palette_colors, most = np.zeros(256, np.int64), 0
         with Image.open(self.pairs[i][1]) as mask:
-            if mask.format == "JPEG":
-                raise ValueError("JPEG changes the values of a mask; save masks as PNG")
-            by_palette = mask.mode == "P" and self.data.colors and not self.data.palette_indices
-            colored = mask.mode in ("RGB", "RGBA") or by_palette
-            raw = np.asarray(mask.convert("RGB") if colored else mask)
-        if colored and not self.data.colors:
-            raise ValueError(
-                "it holds RGB colors, not class indices; for folder:DIR, list the colors in classes.txt, "
-                "one 'NAME R G B' line per class"
-            )
-        if colored:
-            raw = (raw >= 128) * np.uint8(255) if self.data.painted else raw
-            labels = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]]
-        elif self.data.painted or raw.ndim != 2 or raw.dtype.kind == "f":
-            expected = "RGB colors" if self.data.painted else "class indices"
-            raise ValueError(f"it has mode {mask.mode}, but masks of this data set hold {expected}")
+            colored = self.data.colors and mask.mode in self.data.color_modes
+            raw, palette = np.asarray(mask.convert("RGB") if colored else mask), mask.getpalette()
+        if colored:  # a few other colors, left by compression or imprecise painting, are ignored
+            labels, most = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]], MOST_IGNORED
+        elif raw.ndim != 2 or raw.dtype.kind == "f" or mask.format == "JPEG":
+            kind = "it is a JPEG, which changes" if mask.format == "JPEG" else f"it has mode {mask.mode}, not"
+            raise ValueError(f"{kind} class indices; for folder:DIR, {LIST_THEM}")
         else:  # negative values and values that are too large take the last entry, which is illegal
             labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
-        # A few stray colors, left by compression or imprecise painting, are ignored; many are an error.
+            if palette:
+                palette_colors[: len(palette) // 3] = np.reshape(palette, (-1, 3)) @ (65536, 256, 1) + 1
+                palette_colors *= np.bincount(raw.ravel(), minlength=256) > 0
         wrong = labels == ILLEGAL
-        if wrong.mean() > self.data.stray:
-            value = raw[wrong][0].tolist()
-            raise ValueError(f"{wrong.sum()} pixels belong to no class; the first has the value {value}")
-        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum())
+        if wrong.mean() > most:
+            found = f"{wrong.sum()} pixels ({wrong.mean():.1%}, at most {most:.0%} are ignored)"
+            raise ValueError(f"{found} belong to no class, such as {raw[wrong][0].tolist()}")
+        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum()), palette_colors
 
     def fit(self, labels, height, width):
         """Labels, cropped to their image if the data set allows it. Raises ValueError if sizes differ."""
-        if self.data.painted and labels.shape[0] >= height and labels.shape[1] >= width:
+        if self.data.crop_masks and labels.shape[0] >= height and labels.shape[1] >= width:
             labels = labels[:height, :width]
         if labels.shape != (height, width):
             rows, columns = labels.shape
@@ -416,9 +475,9 @@ class Labeled:
         return labels
 
     def check(self, i):
-        """Pixels by label [256], stray pixels, whether the mask was cropped, and the short side of an image.
-        Raises ValueError, OSError."""
-        labels, stray = self.labels(i)
+        """For sums over masks: pixels by label [256]; ignored pixels, whether the mask was cropped, the short
+        side of its image; palette colors: used or not, their values and squares [3 * 256]. Raises ValueError."""
+        labels, ignored, colors = self.labels(i)
         try:
             with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
                 width, height = image.size
@@ -427,8 +486,8 @@ class Labeled:
         except OSError as error:
             raise ValueError(f"its image {self.name(i)} cannot be read: {error}") from error
         fitted = self.fit(labels, height, width)
-        counts = np.bincount(fitted.ravel(), minlength=256)
-        return np.array([*counts, stray, fitted.shape != labels.shape, min(height, width)])
+        counts, cropped = np.bincount(fitted.ravel(), minlength=256), fitted.shape != labels.shape
+        return np.array([*counts, ignored, cropped, min(height, width), *(colors > 0), *colors, *colors**2])
 
     def read(self, i):
         image = train.read_image(self.pairs[i][0])
@@ -439,7 +498,7 @@ class DrawnScenes(Labeled):
     """Drawn scenes with their labels, by index; `pairs` holds seeds instead of pairs of files."""
 
     def __init__(self, seeds):
-        self.pairs = seeds
+        self.pairs, self.pixels = seeds, None
 
     def name(self, i):
         return f"scene {self.pairs[i]}"
@@ -449,28 +508,26 @@ class DrawnScenes(Labeled):
         return image.permute(2, 0, 1), labels
 
 
-def check_masks(parts, rank, world_size, device):
-    """Read all masks once, shared among the processes -> pixels by label [256], stray pixels, cropped masks,
-    mean short side of the images. Exits with an error that names invalid masks."""
+def check_masks(part, rank, world_size, device):
+    """Read all masks once, shared among the processes, and set part.pixels -> the other sums of Labeled.check.
+    Exits with an error that names invalid masks."""
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
-    jobs = [(part, i) for part in parts for i in range(len(part))][rank::world_size]
-    wrong = []
+    wrong, nothing = [], np.zeros(256 + 3 + 768, np.int64)
 
-    def check(job):
-        part, i = job
+    def check(i):
         try:
             return part.check(i)
         except Exception as error:  # a damaged file can make a decoder raise anything
             wrong.append(f"{part.pairs[i][1]}: {error}")
-            return np.zeros(259, int)
+            return nothing
 
     with ThreadPoolExecutor() as pool:
-        sums = sum(pool.map(check, jobs), np.zeros(259, int))
-    *sums, found = train.sum_over_processes([*sums, len(wrong)], device)
+        sums = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
+    *sums, found = train.sum_over_processes([*sums.tolist(), len(wrong)], device)
     if found:
-        fail(f"{found} masks are invalid; {'; '.join(sorted(wrong)[:3]) or 'another process names them'}")
-    pixels, (stray, cropped, short) = np.array(sums[:256]), sums[256:]
-    return pixels, stray, cropped, short / sum(map(len, parts))
+        fail(f"{found} masks are invalid, such as {min(wrong, default='one that another process names')}")
+    part.pixels = np.array(sums[:256])
+    return np.array(sums[256:])
 
 
 def open_data(args, splits, rank, world_size, device, classes=None):
@@ -481,54 +538,62 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         seeds = {"train": range(args.scenes), "val": range(10**6, 10**6 + VAL_SCENES)}
         parts = [DrawnScenes(seeds[split]) for split in splits]
         return parts, list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
-    data = (read_class_list(folder) if name == "folder" else None) or DATASETS[name]
+    data = DATASETS[name]
+    if name == "folder":
+        data = read_class_list(places(data, folder)) or data
     names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
-    if classes and len(names) != len(classes):
-        fail(f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}")
     if classes and names != list(classes):
-        fail(
-            f"the checkpoint has the classes {', '.join(classes)}, but {name} has {', '.join(names)}; "
-            "use the same names in the same order"
-        )
-    start, parts = time.perf_counter(), []
+        old, new = (", ".join(x[:30]) for x in (classes, names))
+        counts = f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}"
+        fail(f"{counts}: {old}; {new}; use the same names in the same order")
+    start, parts, sums = time.perf_counter(), [], 0
     for split in splits:
-        pairs = find_pairs(name, folder, split)
+        pairs = find_pairs(name, folder, split, args.pairs)
         say(f"{split}: {len(pairs)} images, such as {pairs[0][0]} with {pairs[0][1]}")
         parts.append(Labeled(data, pairs, len(names)))
-    pixels, stray, cropped, short = check_masks(parts, rank, world_size, device)
-    say(f"{sum(map(len, parts))} masks checked in {time.perf_counter() - start:.1f} s")
-    if stray:
-        say(f"note: {stray} pixels ({stray / pixels.sum():.2%}) belong to no class and are ignored")
+        sums = sums + check_masks(parts[-1], rank, world_size, device)
+    ignored, cropped, short = sums[:3]
+    pixels, images = sum(part.pixels for part in parts), sum(map(len, parts))
+    say(f"{images} masks checked in {time.perf_counter() - start:.1f} s")
+    if ignored:
+        say(f"note: {ignored} pixels ({ignored / pixels.sum():.2%}) belong to no class and are ignored")
     if cropped:
         say(f"note: {cropped} masks cropped to their images")
-    if args.base_size and short > 3 * args.base_size:
-        shrunk = f"from a short side of {short:.0f} to {args.base_size} pixels"
+    if args.base_size and short > 2 * args.base_size * images:
+        shrunk = f"from a short side of {short / images:.0f} to {args.base_size} pixels"
         say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
-    if name == "folder" and classes is None:
-        names = check_classes(f"--data folder:{folder}", pixels, names, bool(data.classes or args.classes))
+    if name == "folder":
+        known = bool(data.classes or args.classes or classes)
+        problem = problem_of_values(data, dict(zip(splits, parts)), pixels, sums[3:].reshape(3, 256), known)
+        if problem:
+            values = [str(value) for value in np.flatnonzero(pixels)]
+            values[20:] = ["..."] * (len(values) > 20)
+            remedy = f"{LIST_THEM}, or give --classes N for masks with the values 0..N-1"
+            fail(
+                f"--data folder:{folder}: the masks hold the values {', '.join(values)}: {problem}; {remedy}"
+            )
+        names = names if known else names[: np.count_nonzero(pixels[:IGNORED])]
     return parts, names, list(data.palette or voc_palette(len(names)))
 
 
-def check_classes(flag, pixels, names, known):
-    """Class names of a folder, from the values in its masks unless they are `known`. Exits with an error if
-    the values do not look like class indices."""
-    values = np.flatnonzero(pixels).tolist()
-    classes = [k for k in values if k != IGNORED]
-    ignored = pixels[IGNORED] / pixels.sum()
-    if len(classes) < 2:
-        reason = "fewer than two classes, because 255 means ignored"
-    elif not known and classes != list(range(len(classes))):
-        reason = "the sequence has gaps"
-    elif not known and ignored > 0.25:
-        reason = f"255, which means ignored, fills {ignored:.0%} of the pixels, as a class would"
-    else:
-        return names if known else names[: len(classes)]
-    shown = ", ".join(map(str, values[:20])) + ", ..." * (len(values) > 20)
-    fail(
-        f"{flag}: the masks hold the values {shown}: {reason}. Add a classes.txt to the folder with a line per "
-        "class, 'NAME R G B' with its color or gray value in the masks (object 255 255 255; ignore R G B for "
-        "ignored pixels), or give --classes N for masks with the values 0..N-1"
-    )
+def problem_of_values(data, parts, pixels, palettes, known):
+    """Why the masks of a folder do not seem to hold class indices, or None. pixels: by label, over all parts;
+    palettes: sums of Labeled.check; known: the classes were given, and not taken from the values."""
+    for split, part in parts.items():
+        # Where 255 is a class, and not ignored, a split would be compared with the wrong numbers.
+        ignored = part.pixels[IGNORED] > 0 and not data.colors
+        if np.count_nonzero(part.pixels[:IGNORED]) < 2 and (ignored or split == "train"):
+            return f"fewer than two classes in {split}" + ", because 255 means ignored" * ignored
+    used, total, squares = palettes
+    if (used * squares != total**2).any():  # an index of constant color has no variance
+        return "the palettes differ from file to file, so that one value has several colors"
+    classes, ignored = np.flatnonzero(pixels[:IGNORED]), pixels[IGNORED] / pixels.sum()
+    if not known and len(classes) > MOST_INFERRED:
+        return f"more than {MOST_INFERRED}, as at gray edges"
+    if not known and len(classes) <= classes[-1]:
+        return "the sequence has gaps"
+    if not known and ignored > 0.25:
+        return f"255, which means ignored, fills {ignored:.0%} of the pixels, as a class would"
 
 
 def choose_subset(images, fraction, seed):
@@ -1241,6 +1306,15 @@ def data_flag(text):
     return text
 
 
+def pattern(text):
+    """argparse type of --pairs."""
+    if "*" not in text or os.path.isabs(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no pattern below DIR with a star; quote it: 'masks/*.png'"
+        )
+    return text
+
+
 def fraction(text):
     """argparse type of a share, such as 1/32 or 0.25."""
     part, _, whole = text.partition("/")
@@ -1254,6 +1328,7 @@ def make_parser():
     # fmt: off
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
+    g.add_argument("--pairs", metavar=("IMAGES", "MASKS"), nargs=2, type=pattern, help="where folder:DIR has its images and masks: quoted patterns below DIR with a star for the name, and {split} if there are splits, such as 'image/{split}/*.png' 'label/{split}/*_seg.png'")
     g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
     g.add_argument("--fraction", type=fraction, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
@@ -1402,7 +1477,7 @@ def parse_args(arguments=None):
         path = given.checkpoint or (given.eval_only and str(Path(given.out or preset["out"], "best.pt")))
         saved = {"decoder": "linear", **settings_of_checkpoint(path, parser)}
         if given.data is None:
-            name, folder = saved["name"], saved["folder"]
+            name, folder, preset["pairs"] = saved["name"], saved["folder"], saved.get("pairs")
         if given.eval_only and folder and not os.path.isdir(folder):
             parser.error(f"the checkpoint's data folder {folder} does not exist; give --data NAME:DIR")
         for key in ("model", "encoder", "decoder", "crop", *SIZE_KEYS):
@@ -1413,8 +1488,8 @@ def parse_args(arguments=None):
             preset |= {"base_size": saved["base_size"], "window": saved["window"]}
         out = "predictions" if given.predict else str(Path(path).parent)
         preset |= {key: saved[key] for key in OF_MODEL} | {"out": out, "checkpoint": path, "workers": 2}
-    if given.classes and name != "folder":
-        parser.error("--classes works only with --data folder:DIR")
+    if (given.classes or given.pairs) and name != "folder":
+        parser.error("--classes and --pairs work only with --data folder:DIR")
     parser.set_defaults(**preset)
     args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None))
     if args.encoder and not args.encoder.startswith("timm:"):

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -1348,6 +1349,7 @@ IMPOSSIBLE = [  # one or two of each kind
     (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"),
     (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--classes 1", "--classes"),
     (finetune_seg, "--encoder vit", "timm:NAME"), (finetune_seg, "--classes 3", "--data folder:DIR"),
+    (finetune_seg, "--pairs a/*.png b/*.png", "--data folder:DIR"), (finetune_seg, "--pairs a/1.png b/1.png", "quote it"),
     (finetune_seg, "--checkpoint best.pt", "--init"), (train, "--val .", "--val needs --data"),
 ]  # fmt: skip
 
@@ -2071,12 +2073,14 @@ def columns(values, height=4, width=6):
     return np.array([row] * height, np.uint16 if 700 in pixels else np.uint8)
 
 
-def open_part(name, folder, split="train", base_size=0, classes=None):
-    """A part of a data set, its class names and palette, and what was said about it."""
-    said, args = [], SimpleNamespace(name=name, folder=str(folder), classes=classes, base_size=base_size)
+def open_part(name, folder, splits="train", base_size=0, classes=None, pairs=None, known=None):
+    """The first split of a data set, its class names and palette, and what was said about it."""
+    args = {"name": name, "folder": str(folder), "base_size": base_size, "classes": classes, "pairs": pairs}
+    said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_seg, "say", said.append)
-        (part,), names, palette = finetune_seg.open_data(args, (split,), 0, 1, CPU)
+        given = (SimpleNamespace(**args), splits.split(), 0, 1, CPU, known)
+        (part, *_), names, palette = finetune_seg.open_data(*given)
     assert len(names) == len(palette) == len(set(names))
     return part, names, palette, "\n".join(said)
 
@@ -2113,11 +2117,14 @@ LAYOUTS = [  # data set, image, mask, a text file and its content, classes of th
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "\ufeffIgnore\n# not a class\ncat\ndog\n", {0: None, 1: "cat", 2: "dog"}),
     ("folder", "JPEGImages/{1} 1.jpg", "SegmentationClass/{1} 1.png", "ImageSets/Segmentation/{1}.txt", "JPEGImages/{1} 1.jpg", INDICES),
     ("folder", "JPEGImages/{1}.jpg", "SegmentationClass/{1}.png", "ImageSets/Segmentation/{1}.txt", "{1} 1", INDICES),
-    ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat\nbig dog\n", {0: "cat", 1: "big dog", 255: None}),
+    ("folder", "images/{1}/a.jpg", "masks/{1}/a.gif", "classes.txt", "cat 1\nbig dog 2\ncat 2", {0: "cat 1", 1: "big dog 2", 2: "cat 2"}),
+    ("folder", "images/{1}/a.jpg", "masks/{1}/a.bmp", "class_names.txt", "__ignore__\n_background_\ntv/monitor", {0: "_background_", 1: "tv/monitor", 255: None}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat\nignore\nbig dog\n", {0: "cat", 1: None, 2: "big dog"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat 255 0 0\nbig dog 0 0 255\nignore 0 0 0", {"ff0000": "cat", "0000ff": "big dog", "000000": None}),
     ("folder", "images/{1}/painted.jpg", "masks/{1}/painted.png", "classes.txt", "cat 255 0 0\nbig dog 0 0 255", {0: "big dog", 1: "cat"}),
-    ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "rest 0 0 0\nobject 255 255 255", {0: "rest", 255: "object"}),
+    ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "rest 0\nobject 255", {0: "rest", 255: "object"}),
+    ("folder", "images/{1}/painted.jpg", "masks/{1}/painted.png", "classes.txt", "cat 255,0,0\nbig dog: 0 0 255", {0: "big dog", 1: "cat"}),
+    ("folder", "data/{1}/images/a.jpg", "data/{1}/masks/a_mask.tif", "data/classes.txt", "rest 0\ncell 1", {0: "rest", 1: "cell", 255: None}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "car 255 255 255\nsky 8 8 8\nrest 0 0 0", {0: "rest", 8: "sky", 255: "car"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "car 200 0 0\nrest 0 0 0", {0: "car", 1: "rest"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "labelmap.txt", "# label:color_rgb:parts:actions\nrest:0,0,0::\ncat:128,0,0::\n", {"800000": "cat", "000000": "rest"}),
@@ -2132,25 +2139,43 @@ folder images/{}.jpg masks/{}_mask.png
 folder JPEGImages/{}.jpg SegmentationClass/{}.png
 """  # the last one is CVAT's
 FAULTS = [  # files that are written or removed, what is said about them; --classes
-    ("masks/train/2.png", columns([9], 20, 28), "masks/train/2.png: 560 pixels belong to no class; .* 9", 3),
-    ("masks/train/3.png", columns([700], 20, 28), "3.png: 560 pixels belong to no class; .* 700", 3),
+    ("masks/train/2.png", columns([9], 20, 28), "masks/train/2.png: 560 pixels .*, such as 9", 3),
+    ("masks/train/3.png", columns([700], 20, 28), "3.png: 560 pixels .*, such as 700", 3),
     ("masks/train/1.png", columns([0], 20, 20), "1.png: it is 20x20 .* but its image is 28x20", None),
-    ("masks/train/0.png", columns(["ff0000"], 20, 28), "0.png: it holds RGB colors, .* classes.txt", None),
+    ("masks/train/0.png", columns(["ff0000"], 20, 28), "0.png: it has mode RGB, not class indices; .*classes.txt", None),
     ("masks/train/4.png", b"no picture", "4.png: cannot identify", None),
     ("images/train/4.png", b"no picture", "its image .*4.png cannot be read", None),
-    ("masks/train/[0-4].png", None, "5 .*'0'.* no mask.*'3'(?!.*'4')", None),
-    ("masks/train/*.jpg", columns([0], 20, 28), "5.jpg: JPEG changes the values", None),
+    ("masks/train/[0-4].png", None, r"lacks 5 files: \S+images/train/0.png has no mask \S+masks/train/0.png; .*train/2.png; ...; ((?!--pairs).)*$", None),
+    ("masks/train/*.jpg", columns([0], 20, 28), "5.jpg: it is a JPEG, which changes class indices; .*classes.txt", None),
     ("images/train/0.jpg", columns([0], 20, 28), "0.(jpg|png).*0.(jpg|png): the same name twice", None),
-    ("masks/train/*.png", columns([0, 255], 20, 28), "0, 255.* fewer than two classes.*object 255 255 255", None),
-    ("masks/train/*.png", columns([0, 128], 20, 28), "0, 128.*gaps|gaps.* 0, 128", None),
-    ("masks/train/*.png", columns([0, 10, 200], 20, 28), "0, 10, 200.*gaps|gaps.* 0, 10, 200", None),
-    ("masks/train/*.png", columns([0, 1] * 7 + [255], 20, 28), "255, .* 50%", None),
-    ("classes.txt", b"cat\nignore\n", "fewer than two", None),
-    ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "a color value above 255", None),
-    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "a color twice", None),
+    ("masks/train/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: fewer than two classes in train.*object 255", None),
+    ("masks/val/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: fewer than two classes in val.*255 means ignored", 3),
+    ("masks/*/*.png", columns([0, 128], 20, 28), "0, 128: .*gaps", None),
+    ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "255: 255, .* 86%", None),
+    ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: more than 64", None),
+    ("classes.txt", b"cat\nignore\n", "it lists 1 classes", None),
+    ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "classes.txt: cannot read 'cat 300 0 0'", None),
+    ("classes.txt", b"cat 0 0 0\ndog\n", "classes.txt: cannot read 'dog'", None),
+    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "a color is listed twice", None),
     ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
-    ("classes.txt", b"\n".join(b"%d" % k for k in range(254)), "over 253 classes", None),
-    ("masks/train/*.png", None, "no train images with masks; looked for", None),
+    ("classes.txt", b"\n".join(b"%d" % k for k in range(254)), "254 classes", None),
+    ("masks/*/*.png", None, "no images with masks; looked for .*; images/train/ holds 6 files such as 0.png; ", None),
+]
+COLORS = [  # data set, class list, colors and their labels
+    ("folder", "rest 0\nobject 255", {"000000": 0, "282828": 0, "292929": 255, "d6d6d6": 255, "d7d7d7": 1}),
+    ("folder", "rest 0 0 0\nred 255 0 0\nrust 235 0 0\nignore 9 9 9", {"000000": 0, "040404": 0, "090909": 255, "f60000": 1, "f50000": 255, "f4001f": 255, "f40900": 2}),
+    ("camvid", "", {"808080": 0, "800000": 1, "900f00": 1, "808060": 255, "010203": 255, "000000": 255}),
+    ("isprs", "", {"ffffff": 0, "d7ffff": 0, "d6ffff": 255, "00d7ff": 2}),
+    ("suim", "", {"000000": 0, "7f0000": 0, "800000": 4, "7f80ff": 3, "8080ff": 7}),
+]
+UNKNOWN = [  # images, masks; the --pairs that would fit
+    ("image/{}.png", "label/{}.png", "'image/*.png' 'label/*.png'"),
+    ("images/00{}_image.png", "masks/00{}_annotation.png", "'images/*_image.png' 'masks/*_annotation.png'"),
+    ("photos/2{}_test.tif", "1st_manual/2{}_manual1.gif", "'photos/*_test.tif' '1st_manual/*_manual1.gif'"),
+    ("image{}.png", "label{}.png", "'image*.png' 'label*.png'"),
+    ("all/a{}.jpg", "all/a{}.png", "'all/*.jpg' 'all/*.png'"),
+    ("all/{}.png", "all/{}_mask.png", "'all/*.png' 'all/*_mask.png'"),
+    ("x/image/Train/img_{}.jpg", "x/label/Train/mask_{}.bmp", "'x/image/{split}/img_*.jpg' 'x/label/{split}/mask_*.bmp'"),
 ]
 # fmt: on
 
@@ -2178,34 +2203,71 @@ def test_layouts(name, image, mask, text, content, meaning, tmp_path):
         assert "cat 255" not in content or palette == [(255, 0, 0), (0, 0, 255)]
 
 
-def test_a_layout_is_never_completed_from_another_one(tmp_path):
-    """Without val.txt, train.txt is split in two; a missing mask is not replaced by one from a subfolder."""
+@pytest.mark.parametrize("names", ["train val test", "Training valid TEST", "TRAIN Validation testing"])
+@pytest.mark.parametrize(
+    "layout", ["images/{} masks/{}", "{}/images {}/masks", "wrap/{}/images wrap/{}/masks"]
+)
+def test_splits_by_any_of_their_names(names, layout, tmp_path):
+    for split, name in zip(("train", "val", "test"), names.split()):
+        image, mask = (tmp_path / folder.format(name) / f"{name}.png" for folder in layout.split())
+        save(image, picture())
+        save(mask, columns((0, 1)))
+        assert finetune_seg.find_pairs("folder", tmp_path, split) == [(str(image), str(mask))]
+
+
+@pytest.mark.parametrize("image, mask, pairs", UNKNOWN)
+def test_the_pairs_that_would_fit_are_named_and_work(image, mask, pairs, tmp_path):
+    files = [(tmp_path / image.format(i), tmp_path / mask.format(i)) for i in range(5)]
+    for photo, labels in files:
+        save(photo, picture())
+        save(labels, columns((0, 1)))
+    said = fails_to(open_part, "folder", tmp_path)
+    example = min(Path(image.format(0)).name, Path(mask.format(0)).name)
+    assert f"this fits: --pairs {pairs}" in said and re.search(rf"/ holds \d+ files such as {example}", said)
+    if "images/" in image:
+        assert re.search(r"images/000_image.png has no mask \S+masks/000_image.png; ", said)
+    part = open_part("folder", tmp_path, pairs=shlex.split(pairs))[0]
+    assert part.pairs == [tuple(map(str, pair)) for pair in files[:4]]
+    assert "no images with masks" in fails_to(open_part, "folder", tmp_path, pairs=["x/*.png", "y/*.png"])
+
+
+def test_several_candidates_are_never_searched(tmp_path):
+    """Each patient's folder would be a data set; taking one of them would be a guess."""
+    for name in ("patient1", "patient2"):
+        small_folder(tmp_path / name)
+    said = fails_to(open_part, "folder", tmp_path)
+    assert re.search("no images with masks; .*; patient1/images/train/ holds 6 files such as 0.png; ", said)
+    small_folder(tmp_path)
+    (tmp_path / "masks/train/0.png").unlink()
+    assert "train/0.png has no mask" in fails_to(open_part, "folder", tmp_path)
+
+
+def test_one_list_is_split_if_there_is_no_other(tmp_path):
     for i in range(12):
         save(tmp_path / f"JPEGImages/{i:02}.png", picture())
         save(tmp_path / f"SegmentationClass/{i:02}.png", columns((0, 1)))
     save(tmp_path / "ImageSets/Segmentation/train.txt", b"".join(b"%02d\n" % i for i in range(5)))
     save(tmp_path / "ImageSets/Segmentation/val.txt", b"")
-    names = [
-        [Path(image).stem for image, _ in open_part("folder", tmp_path, split)[0].pairs]
-        for split in ("train", "val")
-    ]
-    assert names == [["00", "01", "02", "03"], ["04"]]
-    shutil.copytree(tmp_path, tmp_path.with_name("with_old") / "old")
-    small_folder(tmp_path.with_name("with_old"))
-    (tmp_path.with_name("with_old") / "masks/train/0.png").unlink()
-    assert "'0' has no mask" in fails_to(open_part, "folder", tmp_path.with_name("with_old"))
+    parts = [open_part("folder", tmp_path, split)[0].pairs for split in ("train", "val")]
+    assert [[Path(image).stem for image, _ in pairs] for pairs in parts] == [["00", "01", "02", "03"], ["04"]]
 
 
 def test_voc_with_the_masks_of_sbd(tmp_path):
-    """trainaug.txt names 10,582 images; a mask that SegmentationClassAug lacks is Pascal's own."""
-    for name, kind in (("a", "ClassAug"), ("a", "Class"), ("b", "Class"), ("c", "Class")):
+    """trainaug.txt names 10,582 images; SegmentationClassAug has the masks that Pascal does not."""
+    for name, kind in (
+        ("a", "ClassAug"),
+        ("a", "Class"),
+        ("b", "ClassAug"),
+        ("c", "Class"),
+        ("c", "ClassAug"),
+    ):
         save(tmp_path / f"JPEGImages/{name}.jpg", picture())
         save(tmp_path / f"Segmentation{kind}/{name}.png", columns((0, 20)))
     for name, lines in {"trainaug": b"a\nb\n", "train": b"a\n", "val": b"c\n"}.items():
         save(tmp_path / f"ImageSets/Segmentation/{name}.txt", lines)
     pairs = [pair for split in ("train", "val") for pair in open_part("voc2012", tmp_path, split)[0].pairs]
     masks = [str(Path(mask).relative_to(tmp_path)) for _, mask in pairs]
-    assert masks == ["SegmentationClassAug/a.png", "SegmentationClass/b.png", "SegmentationClass/c.png"]
+    assert masks == ["SegmentationClass/a.png", "SegmentationClassAug/b.png", "SegmentationClass/c.png"]
     # A list that names a missing file is an error.
     save(tmp_path / "ImageSets/Segmentation/train.txt", b"a\ngone\n")
     assert re.search("'gone' has no image", fails_to(open_part, "folder", tmp_path))
@@ -2240,23 +2302,53 @@ def test_class_counts_and_palettes():
     assert len(set(finetune_seg.voc_palette(253))) == 253 and len(sets["camvid"].colors) == 32
 
 
-@pytest.mark.parametrize(
-    "name, layout", [("camvid", "train trainannot"), ("isprs", "images/train masks/train")]
-)
-def test_a_few_pixels_of_illegal_colors_are_ignored_and_counted(name, layout, tmp_path):
-    image, mask = (tmp_path / folder / "a.png" for folder in layout.split())
-    pixels = columns(["000000", "800000" if name == "camvid" else "0000ff"], 10, 100)
-    pixels[0, 1:41] = 1, 2, 3
+@pytest.mark.parametrize("name, listed, meaning", COLORS)
+def test_a_pixel_belongs_to_the_color_that_it_is_close_to(name, listed, meaning, tmp_path):
+    layouts = {"camvid": "train trainannot", "suim": "train_val/images train_val/masks"}
+    image, mask = (tmp_path / x / "a.png" for x in layouts.get(name, "images/train masks/train").split())
+    pixels = columns([*meaning][:1], 10, 100)
+    pixels[0, : len(meaning)] = columns(meaning, 1, len(meaning))[0]
     save(image, picture(10, 100))
     save(mask, pixels)
+    if listed:
+        save(tmp_path / "classes.txt", listed.encode())
     data, _, _, said = open_part(name, tmp_path)
-    assert "40 pixels" in said and "4.00%" in said
-    assert data.read(0)[1][0, [0, 1, 40, 41, 99]].tolist() == [255, 255, 255, 1, 1]
-    pixels[1, 1:21] = 1, 2, 3
-    save(mask, pixels)
-    assert "60 pixels belong to no class; the first has the value [1, 2, 3]" in fails_to(
-        open_part, name, tmp_path
-    )
+    assert data.read(0)[1][0, : len(meaning)].tolist() == [*meaning.values()]
+    assert (data.pixels == np.bincount(data.read(0)[1].flatten(), minlength=256)).all()
+    if name == "camvid":  # up to 5% may have other colors
+        assert "1 pixels (0.10%) belong to no class" in said
+        pixels[1:3, :30] = 1, 2, 250
+        save(mask, pixels)
+        said = fails_to(open_part, name, tmp_path)
+        assert "61 pixels (6.1%, at most 5% are ignored) belong to no class, such as [128, 128, 96]" in said
+
+
+def test_palettes_that_differ_are_refused_unless_colors_are_listed(tmp_path):
+    """An index of two colors is two classes."""
+    small_folder(tmp_path)
+    for path in sorted(tmp_path.glob("masks/train/*")):
+        mask = Image.new("P", (28, 20))
+        mask.putpalette([0, 0, 0, 0, 255, 0] if path.name == "5.png" else [0, 0, 0, 255, 0, 0, 9, 9, 9])
+        mask.paste(1, (0, 0, 14, 20))
+        mask.save(path)
+    assert "the palettes differ" in fails_to(open_part, "folder", tmp_path)
+    save(tmp_path / "classes.txt", b"rest 0 0 0\ncat 255 0 0\ndog 0 255 0\n")
+    part = open_part("folder", tmp_path)[0]
+    assert part.pixels[:3].tolist() == [6 * 280, 5 * 280, 280]
+    (tmp_path / "classes.txt").unlink()
+    mask.putpalette([0, 0, 0, 255, 0, 0, 0, 9, 9])  # an unused entry
+    mask.save(path)
+    assert open_part("folder", tmp_path)[0].pixels[:2].tolist() == [6 * 280, 6 * 280]
+
+
+def test_jpeg_masks_of_listed_grays(tmp_path):
+    save(tmp_path / "images/train/a.png", picture(48, 96))
+    noise = np.random.RandomState(0).randint(0, 3, (48, 96))
+    pixels = np.where(np.arange(96) < 43, 2 + noise, 253 - noise).astype(np.uint8)
+    save(tmp_path / "masks/train/a.jpg", pixels, quality=60)
+    save(tmp_path / "classes.txt", b"rest 0\nobject 255")
+    labels = open_part("folder", tmp_path)[0].read(0)[1]
+    assert (labels[:, :40] == 0).all() and (labels[:, 48:] == 1).all()
 
 
 def test_masks_of_suim_are_cropped(tmp_path):
@@ -2264,14 +2356,12 @@ def test_masks_of_suim_are_cropped(tmp_path):
     for i, size in enumerate([(8, 6), (7, 6), (8, 5)]):
         save(tmp_path / f"train_val/images/{i}.jpg", picture(*size))
         save(tmp_path / f"train_val/masks/{i}.bmp", columns(["ff0000", "0000ff", "00ff00"], 8))
-    data, _, _, said = open_part("suim", tmp_path, base_size=2)
+    data, _, _, said = open_part("suim", tmp_path, base_size=3)
     assert said.count("2 masks cropped to their images") == 1 and "downscaled" not in said
     assert data.read(2)[1].shape == (8, 5) and data.read(2)[1][0, :3].tolist() == [4, 1, 2]
-    assert (
-        "a short side of 6 to 1 pixels" in open_part("suim", tmp_path, base_size=1)[3]
-    )  # shrunk over 3 times
+    assert "a short side of 6 to 2 pixels" in open_part("suim", tmp_path, base_size=2)[3]  # over twice
     save(tmp_path / "train_val/masks/0.bmp", columns([0, 255], 8))
-    assert "mode L, but masks of this data set hold RGB colors" in fails_to(open_part, "suim", tmp_path)
+    assert "belong to no class, such as 0" in fails_to(open_part, "suim", tmp_path)  # no colors
 
 
 @pytest.mark.parametrize("pattern, content, said, classes", FAULTS)
@@ -2281,7 +2371,17 @@ def test_faulty_masks_are_named(pattern, content, said, classes, tmp_path):
         (tmp_path / "masks/train/5.png").rename(tmp_path / "masks/train/5.jpg")
     for path in list(tmp_path.glob(pattern)) or [tmp_path / pattern]:
         path.unlink() if content is None else save(path, content)
-    assert re.search(said, fails_to(open_part, "folder", tmp_path, classes=classes))
+    assert re.search(said, fails_to(open_part, "folder", tmp_path, "train val", classes=classes))
+
+
+def test_masks_of_an_evaluation_are_checked_too(tmp_path):
+    """Trained on 0 and 1, evaluated on 0 and 255, every object would be ignored."""
+    save(tmp_path / "images/val/a.png", picture())
+    save(tmp_path / "masks/val/a.png", columns([0, 255]))
+    said = fails_to(open_part, "folder", tmp_path, "val", known=["rest", "object"])
+    assert "0, 255: fewer than two classes in val, because 255 means ignored" in said
+    save(tmp_path / "classes.txt", b"rest 0\nobject 255")
+    assert open_part("folder", tmp_path, "val", known=["rest", "object"])[0].pixels[:2].tolist() == [4, 20]
 
 
 def test_masks_of_photos_on_their_side(tmp_path):
@@ -2295,9 +2395,11 @@ def test_masks_of_photos_on_their_side(tmp_path):
 
 def test_processes_share_the_masks(seg, monkeypatch):
     part = open_part("folder", seg / "data")[0]
-    checked = spy(monkeypatch, finetune_seg.Labeled, "check", lambda part, i: i)
-    pixels = [finetune_seg.check_masks([part], rank, 2, CPU)[0].sum() for rank in range(2)]
-    assert sorted(checked) == [0, 1, 2, 3, 4, 5] and pixels == [3 * 20 * 28] * 2
+    checked, pixels, whole = spy(monkeypatch, finetune_seg.Labeled, "check", lambda _, i: i), 0, part.pixels
+    for rank in range(2):
+        finetune_seg.check_masks(part, rank, 2, CPU)
+        pixels = pixels + part.pixels
+    assert checked == [0, 2, 4, 1, 3, 5] and pixels.tolist() == whole.tolist() and whole[255] == 6
 
 
 # ---------------------------------------------------------------------------------- segmentation: whole runs

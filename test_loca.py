@@ -1200,12 +1200,15 @@ def slow_operation(x, matrix, shift, of_mean):
     return "hue", np.stack([y, i, q], 1) @ np.linalg.inv(YIQ).T
 
 
-def test_colors_are_four_operations_on_each_view_in_its_own_order(device, monkeypatch):
+def test_colors_are_four_operations_on_each_view_in_its_own_order(device):
     torch.manual_seed(0)
-    views, drawn = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8), train.draw_jitter(300, device)
-    monkeypatch.setattr(train, "draw_jitter", lambda *_: drawn)
-    monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.full(size, 0.9, **kw))
-    colored = train.augment(views.to(device), solarize=0.2).cpu()  # with 0.9, none is gray or solarized
+    views, draws = (
+        torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8),
+        torch.rand(11, 300, device=device),
+    )
+    draws[9], c = 0.9, train.constants(device)  # none is gray
+    colored = train.change_colors(views.to(device), draws, {}, c).cpu()
+    drawn = train.jitter_steps(c["low"][:, None] + (c["high"] - c["low"])[:, None] * draws, c)
     orders = []
     for v, parameters in enumerate(zip(*(x.double().cpu().numpy() for x in drawn))):
         x, order = views[v].flatten(1).T.double().numpy() / 255, []
@@ -1223,7 +1226,7 @@ def test_colors_are_four_operations_on_each_view_in_its_own_order(device, monkey
 
 def test_gray_and_solarized_views(device, monkeypatch):
     still = [torch.eye(3).expand(400, 4, 3, 3), torch.zeros(400, 4, 1, 1), torch.zeros(400, 4, 1, 1)]
-    monkeypatch.setattr(train, "draw_jitter", lambda *_: [x.to(device) for x in still])
+    monkeypatch.setattr(train, "jitter_steps", lambda *_: [x.to(device) for x in still])
     torch.manual_seed(0)
     views = torch.randint(0, 256, (400, 3, 4, 4), dtype=torch.uint8).to(device)
     normalize = functools.partial(v2.functional.normalize, mean=train.MEAN, std=train.STD)
@@ -1239,23 +1242,25 @@ def test_gray_and_solarized_views(device, monkeypatch):
         assert solar + gray_solar == pytest.approx(solarize, abs=0.07 if solarize == 0.2 else 0)
 
 
-def test_blur_is_gaussian_and_only_where_chosen(device, monkeypatch):
+def test_blur_is_gaussian_and_only_where_chosen(device):
     torch.manual_seed(0)
-    x, kernels = torch.rand(60, 3, 60, 60, device=device), train.draw_blur(60, 60, 0.5, device)
-    blurred, chosen = train.blur(x, kernels), kernels.amax(1) < 1
-    torch.testing.assert_close(blurred[~chosen], x[~chosen])
-    assert 15 < chosen.sum() < 45 and kernels.shape == (60, 7)
-    sigmas = (0.5 / (kernels[:, 3] / kernels[:, 4]).log()).sqrt().tolist()
-    for v in chosen.nonzero().flatten().tolist():
-        expected = v2.functional.gaussian_blur(x[v], [7, 7], [sigmas[v]] * 2)
-        torch.testing.assert_close(blurred[v], expected, atol=1e-4, rtol=1e-4)
-        assert 0.1 < sigmas[v] < 2
-    # Only the random query is solarized; with --blur the reference always is blurred (released code, paper).
-    given = spy(monkeypatch, train, "augment", lambda views, **more: tuple(more.values()))
+    x, sigma = torch.rand(9, 3, 60, 60, device=device), torch.linspace(0.1, 2, 9, device=device)[:, None]
+    chosen = torch.arange(9, device=device)[:, None] % 3 > 0
+    for view, one, wanted, blurred in zip(x, sigma, chosen, train.blur(x, chosen, sigma)):
+        expected = v2.functional.gaussian_blur(view, [7, 7], [one.item()] * 2) if wanted else view
+        torch.testing.assert_close(blurred, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_kinds_of_views_get_their_own_operations_without_a_look_at_the_values(monkeypatch):
+    """The released code's and, with --blur, the paper's. The meta device holds no values."""
+    given = spy(monkeypatch, train, "augment", lambda views, compiled, **more: more)
     batch = default_collate([train.Views(train.Scenes(1), train_args())[0, 0]])
+    batch = {name: x.to("meta") for name, x in batch.items() if torch.is_tensor(x)}
     for flag in ("--no-blur", "--blur"):
-        train.to_views(batch, train_args(flag))
-    assert given == [(0,), (0.2, 0), (0,), (1,), (0.2, 0.1), (0.5,)]  # solarize where not 0, blur_probability
+        views = train.to_views(batch, train_args(flag))
+    blurred = [{"blur": 1}, {"blur": 0.1, "solarize": 0.2}, {"blur": 0.5}]
+    assert given == [{}, {"solarize": 0.2}, {}, *blurred]
+    assert all(views[k].shape == batch[k].shape and views[k].dtype == torch.float32 for k in train.COLORS)
 
 
 # ---------------------------------------------------------------------------- schedules, settings and figures
@@ -1468,26 +1473,46 @@ def test_bf16_follows_float32(tmp_path):
 def test_compiled_parts_share_graphs_and_equal_eager_ones():
     counts = []
     for depth in (2, 4):
-        args = train_args("--depth", depth)
-        batch = default_collate([train.Views(train.Scenes(4), args)[0, i] for i in range(4)])
-        models = [train.build_model(args) for _ in range(2)]
+        options = [train_args("--depth", depth, flag) for flag in ("--no-compile", "--compile")]
+        batch = default_collate([train.Views(train.Scenes(4), options[0])[0, i] for i in range(4)])
+        models = [train.build_model(args) for args in options]
         models[1].load_state_dict(models[0].state_dict())
         teachers = [loca.make_teacher(model) for model in models]
         torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        train.compile_parts(models[1], teachers[1])
-        for step in range(4):
-            results = []
-            for model, teacher in zip(models, teachers):
-                train.seed_all(0, step)
-                model.zero_grad()
-                with torch.compiler.set_stance("default", force_backend="eager"):
-                    loss = model(train.to_views(batch, args), teacher)["loss"]
-                loss.backward()
-                results.append([loss, *(p.grad for p in model.parameters())])
-            torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert counts == [6] * 8  # blocks for three numbers of tokens, predictor, assignments, feature loss
+        with torch.compiler.set_stance("default", force_backend="eager"):
+            train.compile_parts(models[1], teachers[1])
+            torch._dynamo.utils.counters.clear()
+            for step in range(4):
+                results, colors = [], []
+                for args, model, teacher in zip(options, models, teachers):
+                    train.seed_all(0, step)
+                    model.zero_grad()
+                    colors.append(train.to_views(batch, args))
+                    loss = model(colors[0], teacher)["loss"]
+                    loss.backward()
+                    results.append([loss, *(p.grad for p in model.parameters())])
+                torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(*colors, atol=4e-6, rtol=0)  # 1e-6 of 0..1
+                counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # Blocks for three numbers of tokens, predictor, assignments, feature loss, colors of two sizes of views.
+    assert counts == [8] * 8
+
+
+def test_compiled_processes_equal_eager_ones(tmp_path):
+    """In the loss and the gradient of each step. AdamW makes full steps of gradients that are only rounding."""
+    prepare = functools.partial(torch.compiler.set_stance, "default", force_backend="eager")
+    flags = f"{TINY_TRAIN} --accumulate 2 --grad-checkpoint --val-images 0 --lr 1 --log-every 1"
+    for name in ("no-compile", "compile"):
+        codes, said = start(train, f"{flags} --{name} --out {tmp_path}/{name}", 2, prepare)
+        assert codes == [0, 0], said
+    for key in ("loss", "gradient_norm"):
+        plain, compiled = (records(tmp_path / name, key) for name in ("no-compile", "compile"))
+        assert len(plain) == 6 and compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+    assert "--compile needs a C++ compiler" in fails(train, f"{TINY_TRAIN} --compile --out {tmp_path}/run")
 
 
 def test_held_out_images_are_not_training_images(photos, tmp_path):

@@ -388,116 +388,143 @@ def to_device(batch, device):
 
 # -------------------------------------------------------------------------- colors, on the device, in batches
 
-GRAY = (0.2989, 0.587, 0.114)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
-TO_RGB = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
+CONSTANTS = {
+    "mean": MEAN,
+    "std": STD,
+    "same": np.eye(3),
+    "gray": ((0.2989, 0.587, 0.114),) * 3,
+    "yiq": YIQ,
+    "to_rgb": np.linalg.inv(YIQ),
+    # The first matrix + cos of an angle times the second + sin times the third rotates I and Q.
+    "rotation": (np.diag((1, 0, 0)), np.diag((0, 1, 1)), ((0, 0, 0), (0, 0, -1), (0, 1, 0))),
+    # The ranges of what is drawn for each view: contrast, saturation, hue, brightness, four numbers for their
+    # order, whether they are applied, whether the view becomes gray, sigma of the blur.
+    "low": (0.6, 0.8, -0.1, -0.4, 0, 0, 0, 0, 0, 0, 0.1),
+    "high": (1.4, 1.2, 0.1, 0.4, 1, 1, 1, 1, 1, 1, 2.0),
+}
 
 
 @functools.cache
-def constant(values, device):
-    """Numbers as a cached float32 tensor on the device: each new copy would make the host wait for a GPU."""
-    return torch.tensor(values, device=device)
+def constants(device):
+    """CONSTANTS as cached float32 tensors: each new copy would make the host wait for a GPU."""
+    return {name: torch.tensor(np.array(x, np.float32), device=device) for name, x in CONSTANTS.items()}
 
 
-def draw_jitter(count, device):
-    """Draw the color jitter of `count` views: four operations x -> M x + b + c mean(x), in a different order
-    for each view.
+def jitter_steps(draws, c):
+    """The color jitter from what was drawn for V views [11, V] and the constants: four operations
+    x -> M x + b + f mean(x), in a different order for each view.
 
-    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], c [V, 4, 1, 1]. u is uniform: brightness adds u(-0.4, 0.4),
-    contrast scales about the channel mean by u(0.6, 1.4), saturation scales by u(0.8, 1.2), and hue rotates
-    by u(-0.1, 0.1) of the circle. Saturation and hue are linear in YIQ. One view in five is unchanged.
+    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], f [V, 4, 1, 1]. Brightness is added, contrast scales about the
+    channel mean, saturation scales about gray, and hue rotates by a part of the circle. Saturation and hue
+    are linear in YIQ. One view in five is unchanged.
     """
-
-    def uniform(low, high):
-        return torch.empty(count, device=device).uniform_(low, high)
-
-    eye, gray = torch.eye(3, device=device), constant(GRAY, device).expand(3, 3)
-    contrast, saturation, angle = uniform(0.6, 1.4), uniform(0.8, 1.2), uniform(-0.1, 0.1) * 2 * math.pi
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    rotation = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=-1).view(-1, 3, 3)
-    matrices = [
-        eye.expand(count, 3, 3),  # brightness
-        contrast[:, None, None] * eye,
-        saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * gray,
-        constant(TO_RGB, device) @ rotation @ constant(YIQ, device),  # hue
-    ]
-    matrix = torch.stack(matrices, dim=1)  # V,4,3,3
-    shift = torch.stack([uniform(-0.4, 0.4), zero, zero, zero], dim=1)  # V,4
-    of_mean = torch.stack([zero, 1 - contrast, zero, zero], dim=1)  # V,4
-    # Each view applies its four operations in random order or, with probability 0.2, the identity.
-    order = torch.rand(count, 4, device=device).argsort(1)
-    matrix, shift, of_mean = (loca.gather_tokens(x, order) for x in (matrix, shift, of_mean))
-    jittered = torch.rand(count, 1, device=device) < 0.8
-    matrix = torch.where(jittered[..., None, None], matrix, eye)
-    return matrix, (shift * jittered)[..., None, None], (of_mean * jittered)[..., None, None]
+    contrast, saturation, hue, brightness = draws[:4, :, None, None]  # V,1,1
+    angle, (fixed, turned, across) = hue * 2 * math.pi, c["rotation"]
+    matrices = {  # of the operations that are not the identity, V,3,3
+        1: contrast * c["same"],
+        2: saturation * c["same"] + (1 - saturation) * c["gray"],
+        3: c["to_rgb"] @ (fixed + angle.cos() * turned + angle.sin() * across) @ c["yiq"],
+    }
+    order = draws[4:8].reshape(-1, 4).argsort(1)  # V,4: 0 is brightness
+    order = torch.where(draws[8, :, None] < 0.8, order, -1)[..., None, None]  # -1: nothing is changed
+    matrix = c["same"]
+    for k, changed in matrices.items():
+        matrix = torch.where(order == k, changed[:, None], matrix)
+    return matrix, (order == 0) * brightness[:, None], (order == 1) * (1 - contrast[:, None])
 
 
-def draw_blur(count, side, probability, device):
-    """Kernels [V, k] of a Gaussian blur for some of `count` views: sigma u(0.1, 2), k about a tenth of the
-    side; the kernels of the other views are the identity."""
-    radius = side // 10 // 2
-    sigma = torch.empty(count, 1, device=device).uniform_(0.1, 2.0)
-    taps = torch.arange(-radius, radius + 1, device=device)
-    blurred = torch.rand(count, 1, device=device) < probability
-    return torch.where(blurred, (-(taps**2) / (2 * sigma**2)).softmax(-1), (taps == 0).float())
+def mix(matrix, x, out):
+    """Mix the colors of all pixels [V, 3, ss] with a matrix for each view [V, 3, 3]."""
+    if torch.compiler.is_compiling():  # a sum becomes part of the kernel around it
+        return sum(matrix[:, :, k : k + 1] * x[:, k : k + 1] for k in range(3))
+    return torch.bmm(matrix, x, out=out)
 
 
-def blur(x, kernels):
-    """Blur each of the views [V, 3, s, s] with its own kernel of [V, k], along rows and columns."""
+def blur(x, chosen, sigma):
+    """Blur with a Gaussian kernel, about a tenth of the side wide, along rows and columns."""
+    radius = x.shape[-1] // 10 // 2
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernels = torch.where(chosen, (-(taps**2) / (2 * sigma**2)).softmax(-1), (taps == 0).float())  # V,k
     kernels = kernels.repeat_interleave(3, 0)  # 3V,k
-    flat = F.pad(x.flatten(0, 1)[None], (kernels.shape[1] // 2,) * 4, mode="reflect")  # 1,3V,s+2r,s+2r
+    flat = F.pad(x.flatten(0, 1)[None], (radius,) * 4, mode="reflect")  # 1,3V,s+2r,s+2r
     flat = F.conv2d(flat, kernels[:, None, :, None], groups=len(kernels))
     return F.conv2d(flat, kernels[:, None, None, :], groups=len(kernels)).view_as(x)
 
 
+def solarize(x, chosen, _):
+    """Invert values above 0.5."""
+    top = 2 - chosen.float()[..., None, None]  # 2 changes nothing
+    return torch.minimum(x, top - x)
+
+
+# The operations after jitter and grayscale: name -> function of the views [V, 3, s, s] in 0..1, a mask of
+# the views that it must change [V, 1], and a random sigma for each view [V, 1].
+OPERATIONS = {
+    "blur": blur,
+    "solarize": solarize,
+}
+COLORS = {  # their order and probabilities; the blur needs --blur, because the released code never blurs
+    "reference": {"blur": 1.0, "solarize": 0.0},
+    "query": {"blur": 0.1, "solarize": 0.2},
+    "focal": {"blur": 0.5, "solarize": 0.0},
+}
+
+
 def normalize(views):
     """uint8 or float [..., 3, s, s] in 0..255 -> float32, normalized with ImageNet's mean and std."""
-    mean, std = (constant(values, views.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (constants(views.device)[name][:, None, None] for name in ("mean", "std"))
     return (views / 255 - mean) / std
 
 
-def augment(views, solarize=0.0, blur_probability=0.0):
-    """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
-    float32.
-
-    Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2, then blur
-    and solarization with the given probabilities (released pipeline). No value goes back to the host.
-    """
-    device, count, side = views.device, len(views), views.shape[-1]
-    matrix, shift, of_mean = draw_jitter(count, device)
-    eye, gray = torch.eye(3, device=device), constant(GRAY, device).expand(3, 3)
-    mix = torch.where(torch.rand(count, 1, 1, device=device) < 0.2, gray, eye)  # V,3,3
-    kernels = draw_blur(count, side, blur_probability, device)
-    top = 2 - (torch.rand(count, 1, 1, device=device) < solarize).float()  # V,1,1: 1 solarizes, 2 does not
-
+def change_colors(views, draws, chosen, c):
+    """Change the colors of uint8 views [V, 3, s, s] by what was drawn for them in 0..1 [11, V] and the
+    operations that are chosen for each -> normalized float32."""
+    draws = torch.addcmul(c["low"][:, None], draws, (c["high"] - c["low"])[:, None])
+    matrix, shift, of_mean = jitter_steps(draws, c)
     # Pixels are flattened: every operation is a 3x3 matrix product over the colors of all pixels of a view.
     # Two arrays take turns as input and output, because fresh memory takes longer than the arithmetic.
     x = views.flatten(2).float().div_(255)  # V,3,ss
     spare = torch.empty_like(x)
     for k in range(4):
         bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
-        x, spare = torch.bmm(matrix[:, k], x, out=spare).add_(bias).clamp_(0, 1), x
-    x = torch.bmm(mix, x, out=spare)
-    if blur_probability:
-        x = blur(x.unflatten(2, (side, side)), kernels).flatten(2)
-    if solarize:  # invert values above 0.5
-        x = torch.minimum(x, top - x)
-    mean, std = (constant(values, device)[:, None] for values in (MEAN, STD))
-    return x.sub_(mean).div_(std).view(views.shape)
+        x, spare = mix(matrix[:, k], x, spare).add_(bias).clamp_(0, 1), x
+    x = mix(torch.where(draws[9, :, None, None] < 0.2, c["gray"], c["same"]), x, spare).view(views.shape)
+    for name, those in chosen.items():
+        x = OPERATIONS[name](x, those, draws[10, :, None])
+    return x.sub_(c["mean"][:, None, None]).div_(c["std"][:, None, None])
+
+
+@functools.cache
+def compiled_colors():
+    """change_colors in a few kernels, which read and write the pixels less often."""
+    return torch.compile(change_colors, dynamic=False)
+
+
+def augment(views, compiled=False, **probabilities):
+    """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
+    float32.
+
+    Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2, then
+    OPERATIONS with the given probabilities (released pipeline). No value goes back to the host.
+    """
+    c = constants(views.device)
+    draws = torch.rand(len(c["low"]) + len(OPERATIONS), len(views), device=views.device)
+    draws, choices = draws.split((len(c["low"]), len(OPERATIONS)))
+    choices = dict(zip(OPERATIONS, choices[..., None]))
+    chosen = {name: choices[name] < p for name, p in probabilities.items()}  # V,1
+    return (compiled_colors() if compiled else change_colors)(views, draws, chosen, c)
 
 
 def to_views(batch, args, random_colors=True):
     """A collated batch of Views on the device -> the views of loca.LOCA.forward: colors and targets."""
-    views = {name: batch[name] for name in ("reference", "query", "focal")}
-    if random_colors:
-        p_reference, p_query, p_focal = (1.0, 0.1, 0.5) if args.blur else (0.0, 0.0, 0.0)
-        views["reference"] = augment(views["reference"], blur_probability=p_reference)
-        views["query"] = augment(views["query"], solarize=0.2, blur_probability=p_query)
-        if args.focal:
-            focal = views["focal"]  # B,F,3,s,s
-            views["focal"] = augment(focal.flatten(0, 1), blur_probability=p_focal).view_as(focal)
-    else:
-        views = {name: normalize(view) for name, view in views.items()}
+    views = {}
+    for kind, chances in COLORS.items():
+        x = batch[kind]  # B,3,s,s; the focal queries: B,F,3,s,s
+        # With --compile, operations of probability 0 stay, so that reference and query share one graph.
+        chances = {k: p for k, p in chances.items() if (p or args.compile) and (args.blur or k != "blur")}
+        colored = augment(x.flatten(0, -4), args.compile, **chances) if random_colors else normalize(x)
+        views[kind] = colored.view(x.shape)
     # The crop boxes determine where each query patch lies in the reference: the targets of the position loss.
     boxes, flips = batch["boxes"], batch["flips"]  # reference, query, then the focal queries
     side, grid = args.image_size, args.image_size // args.patch_size
@@ -588,7 +615,12 @@ def init_from(path, model, teacher):
 
 def compile_parts(model, teacher):
     """Compile the parts of a step instead of the whole model: all blocks share one graph for each number of
-    tokens, and the large arrays of the feature loss are fused."""
+    tokens, and the large arrays of the feature loss are fused. Exits with an error without a compiler."""
+    try:
+        torch.compile(torch.neg)(model.encoder.pos_embed.detach())
+    except Exception as error:  # each compiler is missing in its own way
+        reason = (str(error) or repr(error)).splitlines()[0]
+        fail(f"--compile needs a C++ compiler such as g++, on a GPU also Triton: {reason}")
     torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
     encoders = [part.encoder for part in (model, teacher) if part is not None]
     for module in [model.predictor, *(block for encoder in encoders for block in encoder.blocks)]:

@@ -617,15 +617,16 @@ def compile_parts(model, teacher):
     """Compile the parts of a step instead of the whole model: all blocks share one graph for each number of
     tokens, and the large arrays of the feature loss are fused. Exits with an error without a compiler."""
     try:
-        torch.compile(torch.neg)(model.encoder.pos_embed.detach())
+        torch.compile(torch.neg)(model.predictor.norm.bias.detach())
     except Exception as error:  # each compiler is missing in its own way
         reason = (str(error) or repr(error)).splitlines()[0]
         fail(f"--compile needs a C++ compiler such as g++, on a GPU also Triton: {reason}")
     torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
     encoders = [part.encoder for part in (model, teacher) if part is not None]
-    for module in [model.predictor, *(block for encoder in encoders for block in encoder.blocks)]:
+    blocks = [block for encoder in encoders for block in getattr(encoder, "blocks", ())]
+    for module in (model.predictor, *blocks):
         module.compile(dynamic=False)
-    if teacher is not None:
+    if model.head is not None:
         model.assign_clusters = torch.compile(model.assign_clusters, dynamic=False)
         model.compare_clusters = torch.compile(model.compare_clusters, dynamic=False)
 
@@ -1335,7 +1336,7 @@ def make_parser():
     g.add_argument("--momentum", "--teacher-momentum", type=share_or_0, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
     g = add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run found there is resumed")
-    g.add_argument("--compile", **yes_no, help="torch.compile the blocks, the predictor and the feature loss: slow start, faster on GPUs")
+    g.add_argument("--compile", **yes_no, help="torch.compile the colors, the blocks, the predictor and the feature loss: slow start, faster on GPUs; needs a C++ compiler")
     g.add_argument("--grad-checkpoint", type=int_or_0, nargs="?", default=0, const=1000, metavar="N", help="recompute the first N blocks, or all of them, in the backward pass: less memory, slower")
     g.add_argument("--keep", type=int_or_0, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: only the last one")
     g.add_argument("--tensorboard", **yes_no, help="also write a TensorBoard log (pip install tensorboard)")

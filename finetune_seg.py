@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import functools
 import glob
-import hashlib
 import itertools
 import math
 import os
@@ -718,7 +717,7 @@ def choose_encoder(args):
     last, keys = Path(args.out, "last.pt"), (*SIZE_KEYS, "class_token")
     given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     sizes, weights = loca.SIZES["B/16"], None
-    source = args.encoder or (last if last.exists() else f"--init {args.init}")
+    source = args.encoder or (last if os.path.exists(last) else f"--init {args.init}")
     try:
         if args.encoder:
             timm = loca.import_optional("timm")
@@ -727,7 +726,7 @@ def choose_encoder(args):
             if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
                 raise ValueError("it must be one of timm's VisionTransformer or Eva models")
             sizes = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
-        elif last.exists():  # its weights replace those of --init
+        elif os.path.exists(last):  # its weights replace those of --init
             saved = loca.read_torch_file(last)["settings"]
             sizes = {key: saved[key] for key in keys}
         elif args.init != "none":
@@ -1066,7 +1065,7 @@ def predict(args, content):
             image = train.read_image(root / name)
         except Exception as error:  # a damaged file can make a decoder raise anything
             failed += 1
-            print(f"warning: cannot read {root / name}: {error}", file=sys.stderr, flush=True)
+            train.show(f"warning: cannot read {root / name}: {error}", sys.stderr)
             continue
         labels = segment(model, image.to(device), args, len(classes))
         mask = paint(labels, palette)
@@ -1074,12 +1073,17 @@ def predict(args, content):
         overlay = add_legend(overlay, labels, classes, palette)
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
-        print(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
+        train.show(f"{root / name} -> {result}_mask.png, _overlay.png, _labels.png")
     if train.sum_over_processes([float(failed)], device)[0] == len(names):
         fail(f"--predict {source}: none of the images could be read")
 
 
 # ---------------------------------------------------------------------------------------------------- main
+
+MAY_CHANGE = {  # settings that a resumed run may change
+    "data", "folder", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
+    "lr", "clip", "evaluations", "window", "stride", "window_batch", "multi_scale",
+}  # fmt: skip
 
 
 def main(args):
@@ -1098,11 +1102,10 @@ def main(args):
     weights = choose_encoder(args)
     settle_windows(args)
     (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device)
-    # --fraction keeps part of the training images; the settings identify that part for a later resume.
+    # --fraction keeps part of the training images; their names identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
-    names = "/".join(Path(image).name for image, _ in images.pairs) if args.folder else "scenes"
-    args.images = f"{len(images)} images, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:8]}"
+    identity = train.identify(images, val_images, rank, world_size, device)
     args.classes = len(classes)
     epoch_images = whole if args.schedule_in == "steps" else len(images)
     total_steps = args.steps or max(1, round(args.epochs * epoch_images / args.batch))
@@ -1116,7 +1119,7 @@ def main(args):
     elif args.init != "none":
         from_timm = {"file": args.init}
     try:
-        model = build_model(args, len(classes), **({} if (out / "last.pt").exists() else from_timm))
+        model = build_model(args, len(classes), **({} if os.path.exists(out / "last.pt") else from_timm))
         if weights is not None:
             say(f"--init {args.init}: {loca.load_encoder(model.encoder, weights)}")
     except (ValueError, ImportError, RuntimeError, OSError) as error:
@@ -1131,7 +1134,10 @@ def main(args):
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
-    saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device)
+    defaults = vars(make_parser().parse_args([]))
+    saved = train.load_checkpoint(
+        out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size, device
+    )
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     if saved and saved["classes"] != classes:
         fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
@@ -1149,7 +1155,8 @@ def main(args):
         f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained "
         f"parameters; {total_steps} steps; start: {args.encoder if args.init == 'timm' else args.init}; in {out}"
     )
-    more, saved_at = {"classes": classes, "palette": palette}, time.monotonic()
+    more = {"classes": classes, "palette": palette, "images": identity}
+    saved_at = time.monotonic()
 
     # ---- loop ----
     rounds = math.ceil(args.batch / len(images))  # a batch larger than the data set repeats images
@@ -1158,7 +1165,8 @@ def main(args):
         epoch, args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
     )
     batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
-    with contextlib.closing(batches), train.catch_signals() as stop:
+    remedies = f"--accumulate {2 * args.accumulate} or, if it was evaluating, a smaller --window"
+    with train.explain_out_of_memory(remedies), contextlib.closing(batches), train.catch_signals() as stop:
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, args.lr) * group["scale"]
@@ -1186,7 +1194,7 @@ def main(args):
             if not (evaluate_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
-            train.check_finite(record, done, rank)
+            train.check_finite(record, done, device)
             stopping = train.sum_over_processes([float(stop.signal is not None)], device)[0] > 0
             rate = max(group["lr"] for group in optimizer.param_groups)
             record |= {"lr": rate, "memory_gib": train.peak_memory(device)}

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import functools
 import glob
-import hashlib
 import itertools
 import math
 import os
@@ -1126,7 +1125,7 @@ def predict(args):
             image = train.read_image(photo)
         except Exception as error:  # a damaged file can make a decoder raise anything
             failed += 1
-            print(f"warning: cannot read {photo}: {error}", file=sys.stderr, flush=True)
+            train.show(f"warning: cannot read {photo}: {error}", sys.stderr)
             continue
         labels = segment(model, image.to(device), args, len(classes))
         mask = paint(labels, palette)
@@ -1134,13 +1133,18 @@ def predict(args):
         overlay = add_legend(overlay, labels, classes, palette)
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
-        print(f"{photo} -> {result}_mask.png, _overlay.png, _labels.png", flush=True)
+        train.show(f"{photo} -> {result}_mask.png, _overlay.png, _labels.png")
     if train.sum_over_processes([float(failed)], device)[0] == len(results):
         fail("--predict: none of the images could be read")
     train.end_processes()
 
 
 # ---------------------------------------------------------------------------------------------------- main
+
+MAY_CHANGE = {  # settings that a resumed run may change
+    "data", "folder", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
+    "lr", "clip", "evaluations", "window", "stride", "multi_scale",
+}  # fmt: skip
 
 
 def main(args):
@@ -1152,17 +1156,16 @@ def main(args):
 
     # ---- data ----
     (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device)
-    # --fraction keeps part of the training images; the settings identify that part for a later resume.
+    # --fraction keeps part of the training images; their names identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
-    names = "/".join(Path(image).name for image, _ in images.pairs) if args.folder else "scenes"
-    args.images = f"{len(images)} images, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:8]}"
+    identity = train.identify(images, val_images, rank, world_size, device)
     total_steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
 
     # ---- model and optimizer ----
     train.seed_all(args.seed)
     # A resumed run takes its weights from the checkpoint, regardless of --init.
-    start_file = None if args.init in ("none", "timm") or (out / "last.pt").exists() else args.init
+    start_file = None if args.init in ("none", "timm") or os.path.exists(out / "last.pt") else args.init
     from_timm = {"pretrained": args.init == "timm", "file": start_file} if args.encoder else {}
     try:
         model = build_model(args, len(classes), **from_timm)
@@ -1177,7 +1180,10 @@ def main(args):
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
-    saved = train.load_checkpoint(out / "last.pt", args, modules, world_size, device)
+    defaults = vars(make_parser().parse_args([]))
+    saved = train.load_checkpoint(
+        out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size, device
+    )
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     if saved and saved["classes"] != classes:
         fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
@@ -1197,7 +1203,8 @@ def main(args):
         f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained "
         f"parameters; {total_steps} steps; start: {args.encoder if args.init == 'timm' else args.init}; in {out}"
     )
-    more, saved_at = {"classes": classes, "palette": palette}, time.monotonic()
+    more = {"classes": classes, "palette": palette, "images": identity}
+    saved_at = time.monotonic()
 
     # ---- loop ----
     rounds = math.ceil(args.batch / len(images))  # a batch larger than the data set repeats images
@@ -1206,7 +1213,8 @@ def main(args):
         epoch, args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
     )
     batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
-    with contextlib.closing(batches), train.catch_signals() as stop:
+    remedies = f"--accumulate {2 * args.accumulate} or, if it was evaluating, a smaller --window"
+    with train.explain_out_of_memory(remedies), contextlib.closing(batches), train.catch_signals() as stop:
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, args.lr) * group["scale"]
@@ -1234,7 +1242,7 @@ def main(args):
             if not (evaluate_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
-            train.check_finite(record, done, rank)
+            train.check_finite(record, done, device)
             stopping = train.sum_over_processes([float(stop.signal is not None)], device)[0] > 0
             rate = max(group["lr"] for group in optimizer.param_groups)
             record |= {"lr": rate, "memory_gib": train.peak_memory(device)}
@@ -1414,7 +1422,13 @@ def encoder_sizes(args, parser):
     """The sizes of a new encoder: from the flags, --model, and the run folder's checkpoint, the timm model, the
     weights of --init or B/16, in this order. Exits with an error if a file cannot be read."""
     last, sizes = Path(args.out, "last.pt"), loca.SIZES["B/16"]
-    source = f"--encoder {args.encoder}" if args.encoder else last if last.exists() else f"--init {args.init}"
+    source = (
+        f"--encoder {args.encoder}"
+        if args.encoder
+        else last
+        if os.path.exists(last)
+        else f"--init {args.init}"
+    )
     try:
         if args.encoder:
             timm = train.import_optional("timm")
@@ -1423,7 +1437,7 @@ def encoder_sizes(args, parser):
             if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
                 raise ValueError("it must be one of timm's VisionTransformer or Eva models")
             sizes = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
-        elif last.exists():  # its weights replace those of --init
+        elif os.path.exists(last):  # its weights replace those of --init
             sizes = loca.read_torch_file(last)["settings"]
         elif args.init != "none":
             sizes = loca.load_weights(args.init, args.branch).sizes

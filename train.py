@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -57,82 +58,133 @@ def import_optional(name):
 # ----------------------------------------------------------------------------------------------------- images
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MASKS = r"(.*[_-])?(masks?|annotations?|labels?)|ground_?truth.*|gt.*|segmentation(class|object).*|.*annot"
+PHOTOS = r"(.*[_-])?(images?|imgs?|photos?)|jpegimages|leftimg8bit|train|val|test"  # folders beside MASKS
 
 
 def find_images(folder, flag="--data", skip=None):
-    """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes, which is small
-    and fast to send to workers. Skips hidden files and folders, and the folder `skip`, which holds results;
-    follows links. Exits with an error if the folder is missing or has no images."""
+    """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes. Skips hidden
+    files and folders, and the folder `skip`, which holds results; follows links. Exits with an error if a
+    folder is missing or cannot be read, if there are no images, or if there are masks among them."""
     if not os.path.isdir(folder):
         fail(f"{flag} {folder}: there is no such folder")
+
+    def unreadable(error):
+        fail(f"{flag} {folder}: cannot read {error.filename}: {error.strerror}")
+
     names, seen = [], {os.path.realpath(skip)} - {os.path.realpath(folder)} if skip else set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         if os.path.realpath(parent) in seen:  # a link back to a folder already visited, or `skip`
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
         images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-        names += [os.fsencode(os.path.relpath(os.path.join(parent, name), folder)) for name in images]
+        below = f"{os.path.relpath(parent, folder)}/".removeprefix("./")
+        names += [os.fsencode(below + name) for name in images]
     if not names:
         fail(f"{flag} {folder}: no images found ({', '.join(EXTENSIONS)})")
+    refuse_masks(folder, flag, names)
     return np.sort(np.array(names))
+
+
+def refuse_masks(folder, flag, names):
+    """Exit with an error if there are masks among the images: a folder such as masks/ beside one such as
+    images/, or NAME_mask.png beside NAME.jpg."""
+    masks = {name for name in names if name.endswith(b"_mask.png")}
+    masks &= {os.path.splitext(name)[0] + b"_mask.png" for name in names if masks}
+    if masks:
+        example = os.fsdecode(min(masks))
+        fail(f"{flag} {folder}: {example} is a mask, not a photo; move the masks to another folder")
+    places = {Path(os.fsdecode(place)) for place in {os.path.dirname(name) for name in names}}
+    places = sorted(places.union(*(place.parents for place in places)))  # all folders that hold images
+    for mask in places:
+        if re.fullmatch(MASKS, mask.name, re.IGNORECASE):
+            beside = [place for place in places if place.parent == mask.parent and place != mask]
+            beside = [place for place in beside if re.fullmatch(PHOTOS, place.name, re.IGNORECASE)]
+            if beside:  # valannot/ goes with val/
+                photos = max(beside, key=lambda place: mask.name.startswith(place.name))
+                way = f"use {flag} {os.path.join(folder, photos)}"
+                fail(f"{flag} {folder}: {mask}/ beside {photos}/ holds masks, not photos; {way}")
 
 
 @functools.cache
 def warn_once(text):
     """Print a warning on stderr once; among several loader workers, only the first one prints it."""
     if get_worker_info() is None or get_worker_info().id == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        show(f"warning: {text}", sys.stderr)
 
 
-def to_8_bits(values):
-    """Gray values of more than 8 bits [H, W] -> uint8 [H, W].
-
-    Values that fill at least a quarter of 0..65535 are divided by 257. Others (12-bit values in 16 bits, CT
-    images with negative values, elevations) are rescaled from min..max to 0..255. NaN becomes black.
-    """
-    values = np.asarray(values, np.float32)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
-    if low >= 0 and 2**14 <= high < 2**16:
-        low, high = 0, 65535
-    else:
-        warn_once("images with more than 8 bits that use part of the range: min..max is rescaled to 0..255")
-    scaled = (np.nan_to_num(values, nan=low) - low) * (255 / max(high - low, 1e-6))
-    return scaled.clip(0, 255).astype(np.uint8)
+def has_deep_channels(image):
+    """Whether an opened image has more than 8 bits per channel. Pillow reads 16-bit RGB as 8-bit RGB, so its
+    mode does not tell; the raw mode of a PNG and the BitsPerSample of a TIFF do."""
+    raw = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+    bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 1  # 1 is also the default of the format
+    return image.mode[0] in "IF" or raw.endswith(";16B") or np.max(bits) > 8
 
 
-def read_image(path):
-    """Decode any image file as upright RGB: uint8 [3, H, W]. Raises OSError or ValueError."""
+def read_image(path, decode_size=0):
+    """Decode any image file as upright RGB: uint8 [3, H, W]. A JPEG is decoded at a half, quarter or eighth
+    of its size, which is faster, if its short side stays at `decode_size` or more; 0: never. Raises OSError
+    or ValueError."""
     try:
         image = Image.open(path)  # reads the header only, and refuses decompression bombs
     except UnidentifiedImageError as error:
         raise ValueError("it is damaged, not an image, or a TIFF with more than 4 bands") from error
     with image:
+        if has_deep_channels(image):
+            raise ValueError("over 8 bits per channel; convert to 8 bits with one range for the whole set")
+        if image.format == "TIFF" and image.n_frames > 1:
+            warn_once(f"TIFF files with {image.n_frames} pages: only the first page is read")
+        if decode_size and min(image.size) >= 2 * decode_size:
+            image.draft(None, (decode_size, decode_size))  # for JPEGs alone; for others it does nothing
         with contextlib.suppress(Exception):  # a garbled EXIF block can make Pillow raise anything
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            image = Image.fromarray(to_8_bits(image))
         # Pillow warns when it converts a transparent palette directly to RGB.
         return pil_to_tensor(image.convert("RGBA" if "transparency" in image.info else "RGB"))[:3]
 
 
 class Images:
     """Images of a folder by index, each uint8 [3, H, W]. Any class with __len__, image(i) and name(i) can
-    replace it; name(i) appears in messages."""
+    replace it; name(i) appears in messages, and a resumed run must find the same names.
 
-    def __init__(self, folder, names):
-        self.folder, self.names = folder, names
+    names: numpy array of bytes, relative to the folder. They are kept in shared memory, a row of a tensor
+    each: to send a million names to every loader worker would take seconds.
+    """
+
+    def __init__(self, folder, names, decode_size=0):
+        self.folder, self.decode_size = folder, decode_size
+        rows = np.ascontiguousarray(names).view(np.uint8).reshape(len(names), names.itemsize)
+        self.names = torch.from_numpy(rows).share_memory_()
 
     def __len__(self):
         return len(self.names)
 
     def name(self, i):
-        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+        return os.path.join(self.folder, os.fsdecode(self.names[i].numpy().tobytes().rstrip(b"\0")))
 
     def image(self, i):
-        return read_image(self.name(i))
+        return read_image(self.name(i), self.decode_size)
+
+
+def identify(images, held_out, rank, world_size, device):
+    """Count and hash of the names of the training images, which a resumed run must find again; their folder
+    may move. Exits with an error if processes see different images."""
+    hashes = []
+    for source in (images, held_out):
+        if isinstance(source, Images):
+            names = source.names.numpy()
+        else:
+            names = os.fsencode("/".join(os.path.basename(source.name(i)) for i in range(len(source))))
+        hashes.append(hashlib.sha256(names).hexdigest()[:8])
+    seen = torch.zeros(world_size, 3, dtype=torch.long)
+    seen[rank] = torch.tensor([len(images), len(held_out), int("".join(hashes), 16) >> 1])
+    seen = sum_over_processes(seen, device)
+    if any(others != seen[0] for others in seen):
+        counts = ", ".join(f"{trained} + {val}" for trained, val, _ in seen)
+        text = f"the processes see different images, {counts} for training + held out"
+        fail_together(f"{text}; all machines need the same files under the same names", device)
+    return f"{len(images)} images, names {hashes[0]}"
 
 
 # ----------------------------------------------------------------------------------------------- drawn scenes
@@ -236,24 +288,20 @@ class Scenes:
 
 
 def open_images(args):
-    """Training and held-out images that the flags select. Also sets args.images, which identifies the
-    training images by count and names: a resumed run must match it, though the folder may have moved."""
+    """Training and held-out images that the flags select."""
     rng = np.random.default_rng(args.seed)
     if args.data is None:
-        train_images, val_images = Scenes(args.scenes), Scenes(args.val_images, first=10**6)
-        names = np.array([b"scenes"])
-    elif args.val:
-        names = find_images(args.data, skip=args.out)
+        return Scenes(args.scenes), Scenes(args.val_images, first=10**6)
+    names = find_images(args.data, skip=args.out)
+    if args.val:
         held_out = find_images(args.val, "--val", skip=args.out)
-        chosen = np.sort(rng.permutation(len(held_out))[: args.val_images])
-        train_images, val_images = Images(args.data, names), Images(args.val, held_out[chosen])
+        order, count = rng.permutation(len(held_out)), args.val_images
     else:
-        names = find_images(args.data, skip=args.out)
-        order, count = rng.permutation(len(names)), min(args.val_images, len(names) // 10)
-        train_images = Images(args.data, names[np.sort(order[count:])])
-        val_images = Images(args.data, names[np.sort(order[:count])])
-    args.images = f"{len(train_images)} images, names {hashlib.sha256(b'/'.join(names)).hexdigest()[:8]}"
-    return train_images, val_images
+        held_out, count = names, min(args.val_images, len(names) // 10)
+        order = rng.permutation(len(names))
+        names = names[np.sort(order[count:])]
+    val_images = Images(args.val or args.data, held_out[np.sort(order[:count])], args.decode_size)
+    return Images(args.data, names, args.decode_size), val_images
 
 
 # --------------------------------------------------------------------------------- views, in worker processes
@@ -348,14 +396,14 @@ def read_batches(dataset, workers, device, **sampling):
         multiprocessing_context="spawn" if workers else None,  # forking with running threads can hang
         **sampling,
     )
-    # The main process handles Ctrl-C and SIGTERM, though terminals and schedulers send them to all processes.
+    # The main process handles these signals, though terminals and schedulers send them to all processes.
     # Workers inherit the mask of blocked signals.
     if workers:
-        resource_tracker.ensure_running()  # the first loader would start it, which unblocks both signals
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        resource_tracker.ensure_running()  # the first loader would start it, which unblocks some of them
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         iterator = iter(loader)
-        # The workers ignore both signals, so they must be shut down before this process exits.
+        # The workers ignore these signals, so they must be shut down before this process exits.
         shut_down = iterator._shutdown_workers if workers else lambda: None
         atexit.register(shut_down)
     except BaseException:  # such as Ctrl-C received by another thread
@@ -681,13 +729,18 @@ def seed_all(*parts):
 # -------------------------------------------------------------------------------------- processes and signals
 
 
+# A stop is requested by schedulers (SIGTERM; SIGUSR1 with SLURM's --signal), Ctrl-C, or a closed terminal.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
 def init_distributed(name=None):
     """Join the processes that torchrun started, or run alone -> rank, number of processes, device. `name`:
     cuda, mps or cpu; the first one available if None."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and of mpirun
+    if "RANK" not in os.environ and any(int(os.environ.get(variable, "1")) > 1 for variable in launchers):
         fail(
-            "srun starts processes that do not know about each other; run torchrun in one task per node: "
+            "srun and mpirun start processes that do not know about each other; run torchrun once per node: "
             "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS "
             f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 {Path(sys.argv[0]).name} ..."
         )
@@ -696,26 +749,76 @@ def init_distributed(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
-        torch.empty(1, device=device)
+        (torch.ones(1, device=device) + 1).item()  # not every card has its kernels in every build of PyTorch
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
+        build = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126"
+        way = f"; older cards need another build: {build}" if "no kernel image" in str(error) else ""
+        fail(f"--device {name}: {str(error).splitlines()[0]}{way}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if world_size > 1 and not dist.is_initialized():
-        # After torchrun restarts a run, the store still holds addresses of dead processes: use a new prefix.
-        store = next(dist.rendezvous("env://", rank, world_size))[0]
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = join_store(rank, world_size)
         place = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(minutes=10)}
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **place)
     return rank, world_size, device
 
 
+def join_store(rank, world_size):
+    """The store in which the processes of this start find each other. When torchrun restarts processes, its
+    store keeps the addresses of dead ones, and its count of restarts differs between nodes: so the first
+    process numbers the starts, and each start has its own prefix."""
+    store = next(dist.rendezvous("env://", rank, world_size))[0]
+    if rank == 0:
+        start = store.add("starts", 1)
+        while store.add(f"joined {start}", 0) < world_size - 1:
+            store.set("start", str(start))
+            time.sleep(0.1)
+    else:
+        store.delete_key("start")  # perhaps of an earlier start; otherwise the first process sets it again
+        start = int(store.get("start"))  # waits
+        store.add(f"joined {start}", 1)
+    return dist.PrefixStore(str(start), store)
+
+
+def show(text, stream=None):
+    """Print a line at once, with escapes for what the stream cannot encode. If its reader is gone (`| head`,
+    a closed terminal), nothing more is printed, and the run goes on."""
+    stream = stream or sys.stdout
+    coding = stream.encoding or "utf-8"
+    try:
+        print(text.encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(text):
     """Print in the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
+        show(text)
+
+
+def fail_together(text, device):
+    """Exit in all processes. The first prints the line before any exits: then torchrun ends the others."""
+    if not dist.is_initialized():
+        fail(text)
+    if dist.get_rank() == 0:
+        show(f"error: {text}", sys.stderr)
+    sum_over_processes([0.0], device)
+    sys.exit(1)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(remedies):
+    """Within the context, exit with one line that names `remedies` if memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))  # GPU, CPU, cuBLAS
+        if not known and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        fail(f"out of memory; the last checkpoint is untouched: run the same command with {remedies}")
 
 
 def end_processes():
@@ -725,16 +828,16 @@ def end_processes():
 
 
 def sum_over_processes(values, device):
-    """Sum a list or tensor of numbers over all processes -> list of floats. The host waits for the device."""
+    """Sum a list or tensor of numbers over all processes -> list of them. The host waits for the device."""
     return loca.sum_over_processes(torch.as_tensor(values, device=device)).tolist()
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the context, SIGTERM and Ctrl-C request a stop: the loop saves and exits. Another signal more
-    than one second later ends the process at once; before that, it counts as the same request, because
-    schedulers and torchrun both send one. The handlers are restored afterward, and left alone outside the
-    main thread, where Python cannot set them."""
+    """Within the context, the stop signals request a stop: the loop saves and exits. Another signal more than
+    one second later ends the process at once; before that, it counts as the same request, because schedulers
+    and torchrun both send one. Signals that are ignored (nohup) stay ignored. The handlers are restored
+    afterward, and left alone outside the main thread, where Python cannot set them."""
     stop = SimpleNamespace(signal=None)
 
     def ask(number, frame):
@@ -746,7 +849,9 @@ def catch_signals():
 
     handlers = {}
     with contextlib.suppress(ValueError):  # not the main thread
-        handlers = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                handlers[number] = signal.signal(number, ask)
     try:
         yield stop
     finally:
@@ -778,7 +883,7 @@ class Meter:
         self.waited += time.perf_counter() - start
         for wrong in set(filter(None, batch["unreadable"])) - self.unreadable:
             self.unreadable.add(wrong)
-            print(f"warning: cannot read {wrong}; another image replaces it", file=sys.stderr, flush=True)
+            show(f"warning: cannot read {wrong}; another image replaces it", sys.stderr)
         self.seen += len(batch["unreadable"])
         if len(self.unreadable) > 0.05 * min(images, max(self.seen, 400)):
             fail(f"{len(self.unreadable)} images are unreadable so far, over 5%: see the warnings above")
@@ -799,16 +904,16 @@ class Meter:
         return record
 
 
-def check_finite(record, done, rank):
+def check_finite(record, done, device):
     """Exit in all processes if the loss or its gradient was not finite since the last log line. Nothing has
     been saved since then."""
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-        text = (
-            f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last "
+        text = f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last "
+        text += (
             "checkpoint is untouched: run the same command with a smaller --lr or with --precision float32"
         )
-        sys.exit(f"error: {text}" if rank == 0 else 1)
+        fail_together(text, device)
 
 
 def peak_memory(device):
@@ -819,14 +924,22 @@ def peak_memory(device):
 
 
 class Log:
-    """metrics.jsonl, one record per line, and a TensorBoard log on request. Records after `step`, left by a
-    run that died after its last checkpoint, are removed."""
+    """metrics.jsonl, one record per line, and a TensorBoard log on request. Drops records after `step`, left
+    by a run that died after its last checkpoint, and damaged lines, left by a power cut."""
 
     def __init__(self, folder, step, tensorboard=False):
         self.path, self.board = folder / "metrics.jsonl", None
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_file(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        lines = self.path.read_bytes().splitlines() if os.path.exists(self.path) else []
+        kept, damaged = [], 0
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        if damaged:
+            show(f"warning: {self.path}: {damaged} damaged lines are dropped", sys.stderr)
+        write_file(self.path, lambda file: file.writelines(kept))
         if tensorboard:
             try:
                 import_optional("tensorboard")
@@ -876,35 +989,32 @@ def save_checkpoint(path, args, step, modules, **more):
     write_file(path, lambda file: torch.save({**state, "settings": vars(args), "step": step, **more}, file))
 
 
-# Settings that a resumed run may change. load_checkpoint checks that all others are the same.
-MAY_CHANGE = {
-    "data", "folder", "val", "out", "workers", "device", "precision", "compile", "grad_checkpoint",
-    "log_every", "save_minutes", "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr",
-    "warmup_epochs", "clip", "evaluations", "multi_scale",
-}  # fmt: skip
-
-
-def load_checkpoint(path, args, modules, world_size, device):
+def load_checkpoint(path, args, may_change, defaults, images, modules, world_size, device):
     """Resume: load the states of `modules` from a checkpoint and return its contents, or None if there is no
     such file. Exits with an error if the checkpoint is damaged or belongs to another run; prints which
-    settings have changed."""
+    settings have changed.
+
+    may_change: names of the settings that may differ from those of the checkpoint. defaults: of all flags; a
+    setting that the checkpoint does not know had its default. images: the result of `identify`.
+    """
     saved = None
-    if path.exists():
+    if os.path.exists(path):
         # Compare the settings: some may change; changing the others would make it a different run.
         try:
             saved = loca.read_torch_file(path)
-            old, new = saved["settings"], vars(args)
+            old, new = {**defaults, **saved["settings"]}, {**defaults, **vars(args)}
         except ValueError as error:
             fail(f"cannot resume from {path}: {error}; remove it, or use another --out")
         except (KeyError, TypeError):
             fail(f"cannot resume from {path}: it is not a checkpoint of this script; use another --out")
         changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
+        wrong = [f"{flag(key)} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
+        if saved.get("images", images) != images:
+            wrong.append(f"a set of {saved['images']}, not {images}")
+        if wrong:
+            fail(f"{path} was made with {wrong[0]}; restore it or use another --out")
         for key in changed:
-            what = f"{'a set of' if key == 'images' else flag(key)} {old[key]}, not {new[key]}"
-            if key not in MAY_CHANGE:
-                fail(f"{path} was made with {what}; restore it or use another --out")
-        for key in changed:
-            if key not in ("out", "folder"):  # finetune_seg.py's folder is part of --data
+            if key in defaults and key != "out":  # others follow from flags
                 say(f"resuming with {flag(key)} {new[key]}, formerly {old[key]}")
         if {"steps", "epochs"} & set(changed):
             say("the learning rate now follows the schedule of the new length")
@@ -912,7 +1022,7 @@ def load_checkpoint(path, args, modules, world_size, device):
             if module is not None:
                 module.load_state_dict(saved.pop(name))  # frees the memory
         say(f"resuming from {path} at step {saved['step']}")
-    step = float(saved["step"]) if saved else 0.0
+    step = saved["step"] if saved else 0
     if sum_over_processes([step], device)[0] != step * world_size:
         fail(f"--out {path.parent}: the processes see different checkpoints; machines must share this folder")
     return saved
@@ -921,23 +1031,28 @@ def load_checkpoint(path, args, modules, world_size, device):
 # ------------------------------------------------------------------------------- held-out metrics and picture
 
 
-def held_out_batches(images, args, device, indices):
+def held_out_batches(images, args, device, indices, kept=None):
     """Yield batches of at most 32 held-out images on the device, with the same views and masks at each
-    evaluation. A reserved epoch number gives views that training never uses."""
-    dataset = Views(images, args)
-    for start in range(0, len(indices), 32):
+    evaluation. A reserved epoch number gives views that training never uses. The first evaluation fills the
+    list `kept` with the batches, uint8 on the CPU, and later ones take them from it; not over 500 images."""
+    dataset, kept = Views(images, args), [] if kept is None else kept
+    for k, start in enumerate(range(0, len(indices), 32)):
         seed_all(args.seed, start)
-        batch = default_collate([dataset[2**31, i] for i in indices[start : start + 32]])
+        keys = [(2**31, i) for i in indices[start : start + 32]]
+        batch = kept[k] if k < len(kept) else default_collate([dataset[key] for key in keys])
+        if k == len(kept) and len(indices) <= 500:
+            kept.append(batch)
         yield batch, to_views(to_device(batch, device), args, random_colors=False)
 
 
 @torch.no_grad()
-def evaluate(model, teacher, images, args, rank, world_size, device):
+def evaluate(model, teacher, images, args, rank, world_size, device, kept=None):
     """Held-out losses and metrics, and how spread out the features are -> dict of floats. Each process takes
-    the same number of images; stochastic depth is off."""
+    the same number of images; stochastic depth is off. `kept`: see held_out_batches."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     sums, tokens, count = 0.0, [], len(images) // world_size  # images of each process
-    for _, views in held_out_batches(images, args, device, range(len(images))[rank::world_size][:count]):
+    indices = range(len(images))[rank::world_size][:count]
+    for _, views in held_out_batches(images, args, device, indices, kept):
         with autocast(args.precision, device):
             losses = model(views, teacher)
             # Every fourth token is enough to tell how spread out the features are.
@@ -1035,11 +1150,12 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
 
 @torch.no_grad()
 def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
-    """Draw held-out images as puzzles, one a row. All patches of the random query are placed."""
+    """Draw held-out images, evenly spaced, as puzzles, one a row. All patches of the random query are
+    placed."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    batch, views = next(held_out_batches(images, args, device, range(min(rows, len(images)))))
-    tokens = teacher.encoder(views["reference"]) if model.needs_teacher else None  # B,N,D
-    context = model.encode_context(views["reference"], tokens, model.choose_visible(device))
+    indices = np.unique(np.linspace(0, len(images) - 1, rows).astype(int))
+    batch, views = next(held_out_batches(images, args, device, indices.tolist()))
+    context, _ = model.encode_reference(views, teacher)
     views["focal"] = views["focal"][:, :0]
     queries, targets = model.encode_queries(views, torch.arange(model.positions, device=device))
     predicted = model.predictor(queries, context).argmax(-1)  # B,N
@@ -1062,6 +1178,11 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
 
 # ------------------------------------------------------------------------------------------------------- main
 
+MAY_CHANGE = {  # settings that a resumed run may change
+    "data", "val", "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes",
+    "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr", "warmup_epochs", "clip",
+}  # fmt: skip
+
 
 def main(args, images=None):
     """Pretrain with the given settings, from the last checkpoint in --out if there is one.
@@ -1076,8 +1197,7 @@ def main(args, images=None):
 
     # ---- data: which images a step sees depends on (seed, step) alone ----
     train_images, val_images = images or open_images(args)
-    if images:
-        args.images = f"{len(train_images)} images"
+    identity = identify(train_images, val_images, rank, world_size, device)
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
         fail(f"{len(train_images)} training images are too few: use --batch {len(train_images)} or less")
@@ -1096,7 +1216,10 @@ def main(args, images=None):
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
-    saved = load_checkpoint(out / "last.pt", args, modules, world_size, device)
+    defaults = vars(make_parser().parse_args([]))
+    saved = load_checkpoint(
+        out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size, device
+    )
     start_step, accuracy = (saved["step"], saved.get("accuracy")) if saved else (0, None)
     if start_step >= total_steps:
         say("note: this run is finished, nothing is trained; give a new run another --out")
@@ -1122,14 +1245,15 @@ def main(args, images=None):
     )
     if args.data and len(train_images) < 20000 and not (args.small or args.init):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
-    warned, saved_at = set(), time.monotonic()
+    warned, saved_at, held_out_views = set(), time.monotonic(), []
 
     # ---- loop ----
     keys = step_keys(
         len(train_images), args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
     )
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
-    with contextlib.closing(batches), catch_signals() as stop:
+    remedies = f"--accumulate {8 * args.accumulate} or --grad-checkpoint (now {per_device} images per device)"
+    with explain_out_of_memory(remedies), contextlib.closing(batches), catch_signals() as stop:
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, warmup_steps, peak_lr)
@@ -1164,7 +1288,7 @@ def main(args, images=None):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             record |= {"lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory(device)}
-            check_finite(record, done, rank)
+            check_finite(record, done, device)
             stopping = sum_over_processes([float(stop.signal is not None)], device)[0] > 0
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
             say(
@@ -1175,7 +1299,9 @@ def main(args, images=None):
             )
             if evaluate_now and len(val_images) >= world_size and not (stopping and done < total_steps):
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
-                    record |= evaluate(model, teacher, val_images, args, rank, world_size, device)
+                    record |= evaluate(
+                        model, teacher, val_images, args, rank, world_size, device, held_out_views
+                    )
                 accuracy = record["val_position_accuracy"]
                 say(
                     f"held out: position accuracy {accuracy:.2%} (chance {chances['position_accuracy']:.2%}), "
@@ -1191,10 +1317,11 @@ def main(args, images=None):
                     say(f"warning: {text}; see Questions in the README")
             if rank == 0:
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
+                more = {"images": identity, "accuracy": accuracy}
                 if keep_now:
-                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, accuracy=accuracy)
+                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, **more)
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
-                    save_checkpoint(out / "last.pt", args, done, modules, accuracy=accuracy)
+                    save_checkpoint(out / "last.pt", args, done, modules, **more)
                     encoder = (teacher or model).encoder.state_dict()
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
@@ -1299,7 +1426,8 @@ def make_parser():
     g.add_argument("--image-size", type=positive_int, default=224, help="side of the reference and the random query, pixels")
     g.add_argument("--focal-size", type=positive_int, default=96, help="side of the focal queries, pixels")
     g.add_argument("--focal", type=int_or_0, default=9, help="focal queries per image; fewer is faster")
-    g.add_argument("--query-tokens", type=int_or_0, default=0, help="tokens of the random query that are encoded; 0: 5/14 of them")
+    g.add_argument("--decode-size", type=int_or_0, default=512, metavar="N", help="decode JPEGs at a half, quarter or eighth, which is faster, if their short side stays at N pixels or more; raise it with --image-size; 0: off")
+    g.add_argument("--query-tokens", type=positive_int, help="tokens of the random query that are encoded; default: 5/14 of them")
     g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="smallest and largest share of the image area that the reference and the random query cover")
     g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="smallest and largest share of the image area that a focal query covers")
     g.add_argument("--blur", **yes_no, help="blur views as the paper intends; the released code never blurs")

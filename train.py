@@ -1155,7 +1155,8 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
     indices = np.unique(np.linspace(0, len(images) - 1, rows).astype(int))
     batch, views = next(held_out_batches(images, args, device, indices.tolist()))
-    context, _ = model.encode_reference(views, teacher)
+    tokens = teacher.encoder(views["reference"]) if model.needs_teacher else None  # B,N,D
+    context = model.encode_context(views["reference"], tokens, model.choose_visible(device))
     views["focal"] = views["focal"][:, :0]
     queries, targets = model.encode_queries(views, torch.arange(model.positions, device=device))
     predicted = model.predictor(queries, context).argmax(-1)  # B,N

@@ -1418,7 +1418,7 @@ def settings_of_checkpoint(path, parser):
     return content["settings"]
 
 
-def encoder_sizes(args, parser):
+def encoder_sizes(args):
     """The sizes of a new encoder: from the flags, --model, and the run folder's checkpoint, the timm model, the
     weights of --init or B/16, in this order. Exits with an error if a file cannot be read."""
     last, sizes = Path(args.out, "last.pt"), loca.SIZES["B/16"]
@@ -1442,9 +1442,9 @@ def encoder_sizes(args, parser):
         elif args.init != "none":
             sizes = loca.load_weights(args.init, args.branch).sizes
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        parser.error(f"{source}: {error}")
+        fail(f"{source}: {error}")
     except (KeyError, TypeError):
-        parser.error(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
+        fail(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
     given = {key: getattr(args, key) for key in SIZE_KEYS if getattr(args, key) is not None}
     named = loca.SIZES.get(args.model, {})
     # If the weights have a class token, the encoder keeps it; the decoder never sees it.
@@ -1512,7 +1512,7 @@ def parse_args(arguments=None):
         train.settle_batch(args, parser)
         if args.init not in ("none", "timm") and not os.path.exists(args.init):
             parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
-        vars(args).update(encoder_sizes(args, parser))
+        vars(args).update(encoder_sizes(args))
     else:
         args.class_token = saved["class_token"]
     settle_windows(args, usual, parser)

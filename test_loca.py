@@ -2655,6 +2655,7 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     for name, size in {"odd.jpg": (37, 53), "sub/thin.png": (3, 90), "odd.png": (17, 8)}.items():
         save(tmp_path / "in" / name, picture(*size))
     save(tmp_path / "in/side.jpg", picture(30, 20), exif=SIDEWAYS)
+    save(tmp_path / "in/deep.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 109)
     save(tmp_path / "in/broken.png", b"nothing")
     content = saved(seg / "run", "best.pt")
     content["settings"] |= {"data": "folder:/nowhere", "folder": "/nowhere"}

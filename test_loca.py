@@ -2671,7 +2671,7 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     labels, mask = made("odd.jpg_labels.png"), made("odd.jpg_mask.png")
     assert labels.shape == (37, 53) and labels.max() <= 2 and made("odd.jpg_overlay.png").shape[1] > 53
     assert (mask == np.array(content["palette"])[labels]).all()
-    assert list(finetune_seg.read_class_list(tmp_path / "out").classes) == content["classes"]
+    assert list(finetune_seg.read_class_list([tmp_path / "out"]).classes) == content["classes"]
     sizes = {"sub/thin": (3, 90), "side": (20, 30), "odd.png": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
     # Here --out lies inside the folder; its pictures must not be taken for photos.

@@ -488,8 +488,10 @@ class LOCA(nn.Module):
             raise ValueError("this LOCA needs a teacher: pass loca.make_teacher(model)")
         with torch.no_grad():  # the teacher is updated only by averaging, see update_teacher
             tokens = teacher.encoder(reference) if self.needs_teacher else None  # B,N,D
-        if self.single_image:
-            queries, context, targets = self.encode_single_image(reference, visible)
+        if self.single_image:  # without the position embedding, which would be the answer
+            queries = self.encoder(reference, position=False, attend=visible)  # B,N,D
+            context = gather_tokens(queries, visible)  # B,K,D
+            targets = torch.arange(self.positions, device=reference.device).expand(len(reference), -1)  # B,N
         else:
             context = self.encode_context(reference, tokens, visible)  # B,K,D
             queries, targets = self.encode_queries(views, keep)  # B,T,D and B,T
@@ -544,14 +546,6 @@ class LOCA(nn.Module):
         tokens = torch.cat([tokens, focal_tokens], dim=1)  # B,T,D
         return tokens, torch.cat([targets, views["focal_targets"].flatten(1)], dim=1)  # B,T
 
-    def encode_single_image(self, image, visible):
-        """Tokens of a view [B, N, D], those of them that all attend to [B, K, D], and the true positions [B, N]."""
-        tokens = self.encoder(
-            image, position=False, attend=visible
-        )  # a position embedding would be the answer
-        targets = torch.arange(self.positions, device=image.device).expand(len(image), -1)  # B,N
-        return tokens, gather_tokens(tokens, visible), targets
-
     @torch.no_grad()
     def assign_clusters(self, tokens, teacher):
         """Targets of the feature loss: the teacher's reference tokens [B, N, D] -> assignments [B, N, P]."""
@@ -584,18 +578,20 @@ def update_teacher(teacher, model, momentum):
 
 # ------------------------------------------------------------------------------------- weights in and out
 # Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete.
+# A table is read downwards to rename a file's tensors, and upwards to say what a file lacks by its own names.
 
-RELEASED_NAMES = (  # in the authors' flax files -> here, replaced in this order
+RELEASED_NAMES = (  # in the authors' flax files -> here
+    (".kernel", ".weight"), ("norm.scale", "norm.weight"),
+    ("Norm_0.scale", "Norm_0.weight"), ("Norm_1.scale", "Norm_1.weight"), ("Norm_2.scale", "Norm_2.weight"),
     ("ToTokenSequence_0.embedding", "encoder.patch_embed.proj"), ("ToTokenSequence_0.posembed_input", "encoder.pos_embed"),
     ("encoder_norm", "encoder.norm"), ("encoderblock_", "encoder.blocks."), ("final_norm", "predictor.norm"),
-    ("cross_attention_block.LayerNorm_0", "predictor.norm_query"), ("position_predictor", "predictor.logits"),
-    ("cross_attention_block.LayerNorm_1", "predictor.norm_context"), ("cross_attention_block.LayerNorm_2", "predictor.norm_mlp"),
-    ("cross_attention_block", "predictor"), ("predictor.MultiHeadDotProductAttention_0.query", "predictor.attn.q"),
-    ("predictor.MultiHeadDotProductAttention_0.key", "predictor.attn.k"), ("predictor.MultiHeadDotProductAttention_0.value", "predictor.attn.v"),
-    ("projection_head_for_clustering_prediction", "head"),
+    ("cross_attention_block.LayerNorm_0", "predictor.norm_query"), ("cross_attention_block.LayerNorm_1", "predictor.norm_context"),
+    ("cross_attention_block.LayerNorm_2", "predictor.norm_mlp"), ("cross_attention_block", "predictor"),
+    ("position_predictor", "predictor.logits"), ("projection_head_for_clustering_prediction", "head"),
     ("head.Dense_0", "head.fc1"), ("head.Dense_1", "head.fc2"), ("head.Dense_2", "head.fc3"),
     ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"), ("MlpBlock_0.Dense_0", "mlp.fc1"), ("MlpBlock_0.Dense_1", "mlp.fc2"),
-    ("MultiHeadDotProductAttention_0", "attn"), ("attn.out", "attn.proj"),
+    ("MultiHeadDotProductAttention_0", "attn"), ("attn.out", "attn.proj"), ("predictor.attn.query", "predictor.attn.q"),
+    ("predictor.attn.key", "predictor.attn.k"), ("predictor.attn.value", "predictor.attn.v"), ("attn.query, key, value", "attn.qkv"),
 )  # fmt: skip
 OFFERED_NAMES = (  # in the files offered for download, which older code wrote -> in the released code
     ("final_encoder_norm", "encoder_norm"), ("localizer_block_0", "cross_attention_block"),
@@ -606,29 +602,27 @@ HUGGING_FACE_NAMES = (  # in transformers' ViT -> here
     ("embeddings.position_embeddings", "encoder.pos_embed"), ("encoder.layer.", "encoder.blocks."),
     ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("layernorm.", "encoder.norm."), ("attention.attention", "attn"),
     ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+    ("attn.query, key, value", "attn.qkv"),
 )  # fmt: skip
 NAMINGS = {  # the name of the patch embedding tells how a file names a ViT's other parameters
-    "ToTokenSequence_0.embedding.kernel": OFFERED_NAMES + RELEASED_NAMES,
+    "ToTokenSequence_0.embedding.kernel": RELEASED_NAMES,
     "embeddings.patch_embeddings.projection.weight": HUGGING_FACE_NAMES,
-    "patch_embed.proj.weight": (),  # timm, DINO, iBOT, MAE, MoCo v3, I-JEPA, this project
+    "encoder.patch_embed.proj.weight": (),  # this project; the heads stand beside the encoder
+    "patch_embed.proj.weight": (("", "encoder."),),  # timm, DINO, iBOT, MAE, MoCo v3, I-JEPA
 }
 # Names of the branch that is not trained by gradients, in LOCA, DINO, timm, MoCo v3, I-JEPA and lightly.
 TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 
 
-class Weights(dict):
-    """State dict of a LOCA as found in a file: 'encoder...' and, if there, 'predictor...' and 'head...'. sizes: the
-    arguments of the matching ViT. heads_assumed: whether the file does not state the number of heads. prefix: what
-    precedes the ViT's names in the file, such as 'teacher_weights.'."""
-
-
 def load_weights(path, branch="teacher"):
-    """Read the weights of a LOCA or of a plain ViT from a file -> Weights.
+    """Read a LOCA or a plain ViT from a file -> its state dict, with a complete 'encoder...', and what is there of
+    'predictor...' and 'head...'. Raises OSError, ImportError, or a one-line ValueError that says what is wrong.
 
     Reads this project's checkpoints, the authors' flax files (needs msgpack), and PyTorch or safetensors files
     of ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'teacher' or
-    'student', for files that hold both. The encoder must be complete; other entries may be there or not.
-    Raises OSError, ImportError, or a one-line ValueError that says what is wrong with the file.
+    'student', for files that hold both. Attributes of the state dict: sizes, the arguments of the matching ViT;
+    heads_assumed, whether the file does not state the number of heads; prefix, what precedes the names in the
+    file, such as 'teacher_weights.'.
     """
     try:
         return _find_vit(read_entries(path), branch)
@@ -659,24 +653,20 @@ def load_encoder(encoder, state):
     that it has no use for, such as other projects' heads.
 
     The position embedding is resized to the ViT's grid. A class token is dropped if the ViT has none. Raises
-    ValueError, and changes nothing, if weights for part of the ViT are missing or if the ViT lacks parts of
-    the file's ViT.
+    ValueError, and changes nothing, if weights and ViT do not fit together.
     """
     sizes = getattr(state, "sizes", None) or _vit_sizes(state)
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
     has_token = "cls_token" in state
     token, patches = state["pos_embed"].tensor_split([int(has_token)], dim=1)  # 1,0 or 1,D and 1,N,D
-    if grid != encoder.grid:
-        patches = resize_position_embedding(patches.float(), grid, encoder.grid)
+    patches = resize_position_embedding(patches.float(), grid, encoder.grid)
     if has_token and encoder.cls_token is None:
         del state["cls_token"]
         token = token[:, :0]
     state["pos_embed"] = torch.cat([token, patches], dim=1)
     own = encoder.state_dict()
-    problem = _differences(own, state)
-    if problem:
-        raise ValueError(f"the weights do not fit this encoder of {len(own)} tensors; {problem}")
+    _check_fit(own, state, f"the weights do not fit this encoder of {len(own)} tensors")
     encoder.load_state_dict({key: state[key] for key in own})
     return sorted(state.keys() - own.keys())
 
@@ -710,6 +700,15 @@ def read_entries(path):
     return dict(_leaves(tree))
 
 
+def _leaves(tree, prefix=""):
+    """(name, value) of all entries of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def read_torch_file(path):
     """Read what torch.save wrote: tensors, containers and argparse.Namespace (in which DINO, iBOT and MAE
     keep their arguments), but no other class. Raises a one-line ValueError for anything else."""
@@ -719,8 +718,7 @@ def read_torch_file(path):
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
         reason = f"it is damaged, or torch.save did not write it ({type(error).__name__})"
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it holds an object of class {unsafe[1]}, which could run code when loaded; in the "
-            reason += "program that wrote it, save only the state dict: torch.save(model.state_dict(), FILE)"
+            reason = f"it holds an object of class {unsafe[1]}, which could run code; save model.state_dict()"
         elif "TorchScript" in str(error):
             reason = "it is a TorchScript program; save only the state dict of torch.jit.load(FILE)"
         elif zipfile.is_zipfile(path) and ".npy" in str(zipfile.ZipFile(path).namelist()):
@@ -737,50 +735,43 @@ def read_flax_file(path):
         if buffer and hasattr(torch, dtype):
             return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
 
+    def join(
+        tree,
+    ):  # arrays over 1 GiB are split into chunks named "0", "1", ...; the shape's entries are too
+        if "__msgpack_chunked_array__" not in tree:
+            return tree
+        chunks, shape = ([tree[key][i] for i in sorted(tree[key], key=int)] for key in ("chunks", "shape"))
+        return torch.cat(chunks).reshape(shape)
+
     try:
         with open(path, "rb") as file:
-            return msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
+            return msgpack.unpackb(file.read(), ext_hook=array, object_hook=join, strict_map_key=False)
     except Exception as error:  # a damaged file can make msgpack or torch raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"it is damaged, or no PyTorch, safetensors or flax file ({reason})") from error
-
-
-def _leaves(tree, prefix=""):
-    """(name, value) of all entries of nested dicts."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and "__msgpack_chunked_array__" in value:
-            # flax splits arrays over 1 GiB into chunks named "0", "1", ...; the shape's entries are too.
-            parts = (value["chunks"], value["shape"])
-            chunks, shape = ([part[i] for i in sorted(part, key=int)] for part in parts)
-            value = torch.cat([chunk.flatten() for chunk in chunks]).reshape(shape)
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+        raise ValueError(f"it is damaged, or no PyTorch, safetensors or flax file ({error!r})") from error
 
 
 def _find_vit(entries, branch):
-    """The ViT of the wanted branch among the entries of a file, complete, and what stands beside it -> Weights."""
+    """What load_weights returns, from the entries of a file."""
     # Patch embeddings tell where in the file there are ViTs: teacher, student, an optimizer's moments. Among those
     # of the wanted branch, take the one with the shortest prefix.
     found = {}
     for name, (patch, renames) in itertools.product(entries, NAMINGS.items()):
-        if name.endswith(patch) and not name.startswith("opt"):
+        if f".{name}".endswith(f".{patch}") and not name.startswith("opt"):
             found[name.removesuffix(patch)] = renames
     if not found:
         top = ", ".join(sorted({name.split(".")[0] for name in entries})[:20])
         raise ValueError(f"there is no ViT in it: no entry ends in {' or '.join(NAMINGS)}; it holds {top}")
     wanted = [prefix for prefix in found if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or found, key=len)
-    # The heads of a LOCA stand beside its encoder: here under 'encoder.', in flax files at the same level.
-    root = re.sub(r"(^|\.)encoder\.$", r"\1", prefix)
-    renames = found[prefix] or ((("", "encoder."),) if root == prefix else ())
-    tensors = {name: x for name, x in entries.items() if torch.is_tensor(x) and name.startswith(root)}
-    tensors = {name[len(root) :]: x for name, x in tensors.items()}
+    renames = found[prefix]
+    if any("final_encoder_norm" in name for name in entries):
+        renames = OFFERED_NAMES + renames
+    tensors = {name: x for name, x in entries.items() if torch.is_tensor(x) and name.startswith(prefix)}
+    tensors = {name[len(prefix) :]: x for name, x in tensors.items()}
     state = _to_our_names(tensors, renames)
 
     # Our checkpoints carry their settings; in flax files, shapes tell the heads; MoCo v3's ViT-S has 12.
-    known = {"heads": entries.get("settings.heads"), "image_size": entries.get("settings.image_size")}
+    known = {key: entries.get(f"settings.{key}") for key in ("heads", "image_size")}
     query = tensors.get("encoderblock_0.MultiHeadDotProductAttention_0.query.kernel")
     if query is not None:
         known["heads"] = query.shape[1]  # in,heads,head width
@@ -788,20 +779,22 @@ def _find_vit(entries, branch):
         known["depth"] = 1 + max(map(int, re.findall(r"encoderblock_(\d+)", " ".join(entries))))
     elif re.search("(momentum|base)_encoder", prefix) and state["encoder.pos_embed"].shape[-1] == 384:
         known["heads"] = 12
-    sizes = _vit_sizes(state, **known)
+
+    def to_file_name(name):
+        for theirs, ours in reversed(renames):
+            name = name.replace(ours, theirs, 1)
+        return prefix + name
+
+    state.sizes, state.heads_assumed, state.prefix = _vit_sizes(state, **known), not known["heads"], prefix
     with torch.device("meta"):
-        shapes = {f"encoder.{name}": x for name, x in ViT(**sizes).state_dict().items()}
-    problem = _differences(shapes, state, lambda name: root + _to_file_name(name, renames, tensors))
-    if problem:
-        raise ValueError(f"its encoder is not a complete plain ViT; {problem}")
-    weights = Weights(state)
-    weights.sizes, weights.heads_assumed, weights.prefix = sizes, known["heads"] is None, prefix
-    return weights
+        own = {f"encoder.{name}": x for name, x in ViT(**state.sizes).state_dict().items()}
+    _check_fit(own, state, "its encoder is not a complete plain ViT", to_file_name)
+    return state
 
 
 def _to_our_names(tensors, renames):
     """Tensors by name, with this file's names and layouts."""
-    state = {}
+    state = OrderedDict()  # unlike a dict, it can have attributes
     for name, value in tensors.items():
         if name.endswith("embedding.kernel"):
             value = value.permute(3, 2, 0, 1)  # height,width,in,out -> out,in,height,width
@@ -812,10 +805,10 @@ def _to_our_names(tensors, renames):
         elif name.endswith(("query.bias", "key.bias", "value.bias")):
             value = value.flatten()  # heads,head width -> out
         for theirs, ours in renames:
-            name = name.replace(theirs, ours) if theirs else ours + name
+            name = name.replace(theirs, ours, 1)  # "" is found once, at the start
         if name == "encoder.pos_embed" and value.ndim == 4:
             value = value.flatten(1, 2)  # 1,rows,columns,D -> 1,N,D
-        state[re.sub(r"\.(kernel|scale)$", ".weight", name)] = value.contiguous()
+        state[name] = value.contiguous()
     # Join query, key and value of the encoder, as timm does.
     for name in [name for name in state if ".attn.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
@@ -824,58 +817,43 @@ def _to_our_names(tensors, renames):
     return state
 
 
-def _to_file_name(name, renames, tensors):
-    """What a file that holds these tensors calls a parameter of the encoder."""
-    if renames:
-        name = name.replace(".qkv.", ".query, key, value.")
-    if any(theirs.endswith(".kernel") for theirs in tensors):
-        name = re.sub("weight$", "scale" if "norm" in name else "kernel", name)
-    offered = any(old in theirs for theirs in tensors for old, _ in OFFERED_NAMES)
-    for theirs, ours in reversed(renames):
-        if offered or (theirs, ours) not in OFFERED_NAMES:
-            name = name.replace(ours, theirs)
-    return name
-
-
 def _vit_sizes(state, heads=None, image_size=None, depth=None):
     """The arguments of ViT that match a state dict. Its tensors do not determine `heads` and `image_size`. If
     None, `heads` is the usual number for the width, and the image is square."""
     kernel, missing = state["encoder.patch_embed.proj.weight"], torch.empty(1, 1)
-    hidden = state.get("encoder.blocks.0.mlp.fc1.weight", missing)
-    tokens = state.get("encoder.pos_embed", missing).shape[1] - ("encoder.cls_token" in state)
+    hidden, class_token = state.get("encoder.blocks.0.mlp.fc1.weight", missing), "encoder.cls_token" in state
+    tokens = state.get("encoder.pos_embed", missing).shape[1] - class_token
     dim, patch_size, side = len(kernel), kernel.shape[-1], math.isqrt(tokens)
     if image_size is None and side**2 != tokens:
         problem = (
-            f"its position embedding has {tokens} patch tokens, not a square number: a rectangular grid, "
+            f"its position embedding has {tokens} patch tokens, not a square number: a rectangular grid,"
         )
-        raise ValueError(f"{problem}or register or distillation tokens; such a file cannot be read")
+        raise ValueError(f"{problem} or register or distillation tokens; such a file cannot be read")
     image_size = image_size or side * patch_size
-    usual_heads = {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
-    numbers = [re.match(r"encoder\.blocks\.(\d+)\.", name) for name in state]
-    return {
-        "image_size": (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
-        "patch_size": patch_size,
-        "dim": dim,
-        "depth": depth or 1 + max((int(number[1]) for number in numbers if number), default=-1),
-        "heads": heads or usual_heads,
-        "mlp_dim": len(hidden),
-        "class_token": "encoder.cls_token" in state,
-    }
+    image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    heads = heads or {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
+    blocks = re.findall(r"(?<!\S)encoder\.blocks\.(\d+)", " ".join(state))
+    depth = depth or 1 + max(map(int, blocks), default=-1)
+    sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "mlp_dim": len(hidden)}
+    return {"image_size": image_size, **sizes, "class_token": class_token}
 
 
-def _differences(own, state, to_file_name=str):
-    """How a state dict differs from a ViT's own: missing, misshapen and unknown parameters; '' if it fits. Other
-    projects' heads, decoders and buffers do not count."""
+def _check_fit(own, state, problem, to_file_name=str):
+    """Raise a ValueError, `problem` and the names, unless a state dict has a ViT's own tensors in their shapes and no
+    other parts of a ViT. Other projects' heads, decoders and buffers do not count."""
     part_of_vit = r"(encoder\.)?(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
     lists = {
         "missing": own.keys() - state.keys(),
         "with a different shape": [key for key in own if key in state and own[key].shape != state[key].shape],
         "unknown": [key for key in state if key not in own and re.match(part_of_vit, key)],
     }
-    shown = {problem: sorted(map(to_file_name, names)) for problem, names in lists.items() if names}
-    return "; ".join(
-        f"{problem}: {', '.join(names[:6])}{' ...' * (len(names) > 6)}" for problem, names in shown.items()
-    )
+    for kind, names in lists.items():
+        if names:
+            problem += (
+                f"; {kind}: {', '.join(sorted(map(to_file_name, names))[:6])}{' ...' * (len(names) > 6)}"
+            )
+    if any(lists.values()):
+        raise ValueError(problem)
 
 
 if __name__ == "__main__":  # python loca.py FILE prints what a weights file holds

@@ -2719,8 +2719,8 @@ def write_weights(kind, path):
 
 
 INIT = [  # kind of weights, flags, what is said; heads of the model
-    ("last.pt", "", "teacher (teacher.encoder)", 2),
-    ("last.pt", "--branch student", "student (model.encoder)", 2),
+    ("last.pt", "", "teacher (teacher)", 2),
+    ("last.pt", "--branch student", "student (model)", 2),
     ("offered", "--crop 32", "teacher (teacher_weights)", 4),
     ("offered", "--crop 32 --branch student", "student (student_weights)", 4),
     ("encoder.pt", "", "heads assumed: 2", 2),  # 64 wide, as those of the presets

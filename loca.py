@@ -188,8 +188,7 @@ class ViT(nn.Module):
         return (torch.rand(depth, 2, batch, 1, 1, device=device) < survive) / survive
 
     def forward(self, images, keep=None, position=True, attend=None):
-        """Encode images [B, 3, H, W] -> patch tokens after the last norm, [B, N, D], or [B, K, D] with
-        `keep`.
+        """Encode images [B, 3, H, W] -> patch tokens [B, N, D], or [B, K, D] with `keep`, after the last norm.
 
         keep: indices [K] or [B, K] of the tokens that enter the blocks. position: add the position embedding.
         attend: indices [K'] or [B, K'] of the tokens that all tokens attend to (the single-image mechanism).
@@ -578,20 +577,22 @@ def update_teacher(teacher, model, momentum):
 
 # ------------------------------------------------------------------------------------- weights in and out
 # Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete.
-# A table is read downwards to rename a file's tensors, and upwards to say what a file lacks by its own names.
+# A table is read downwards to rename a file's tensors, and upwards to say by its own names what it lacks.
+# ("attn.query, key, value", "attn.qkv") serves the second only: the three are joined after the renames.
 
 RELEASED_NAMES = (  # in the authors' flax files -> here
-    (".kernel", ".weight"), ("norm.scale", "norm.weight"),
-    ("Norm_0.scale", "Norm_0.weight"), ("Norm_1.scale", "Norm_1.weight"), ("Norm_2.scale", "Norm_2.weight"),
+    (".kernel", ".weight"), ("norm.scale", "norm.weight"), ("LayerNorm_0.scale", "LayerNorm_0.weight"),
+    ("LayerNorm_1.scale", "LayerNorm_1.weight"), ("LayerNorm_2.scale", "LayerNorm_2.weight"),
     ("ToTokenSequence_0.embedding", "encoder.patch_embed.proj"), ("ToTokenSequence_0.posembed_input", "encoder.pos_embed"),
-    ("encoder_norm", "encoder.norm"), ("encoderblock_", "encoder.blocks."), ("final_norm", "predictor.norm"),
-    ("cross_attention_block.LayerNorm_0", "predictor.norm_query"), ("cross_attention_block.LayerNorm_1", "predictor.norm_context"),
-    ("cross_attention_block.LayerNorm_2", "predictor.norm_mlp"), ("cross_attention_block", "predictor"),
-    ("position_predictor", "predictor.logits"), ("projection_head_for_clustering_prediction", "head"),
-    ("head.Dense_0", "head.fc1"), ("head.Dense_1", "head.fc2"), ("head.Dense_2", "head.fc3"),
-    ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"), ("MlpBlock_0.Dense_0", "mlp.fc1"), ("MlpBlock_0.Dense_1", "mlp.fc2"),
-    ("MultiHeadDotProductAttention_0", "attn"), ("attn.out", "attn.proj"), ("predictor.attn.query", "predictor.attn.q"),
-    ("predictor.attn.key", "predictor.attn.k"), ("predictor.attn.value", "predictor.attn.v"), ("attn.query, key, value", "attn.qkv"),
+    ("encoder_norm", "encoder.norm"), ("encoderblock_", "encoder.blocks."), ("MultiHeadDotProductAttention_0", "attn"),
+    ("attn.out", "attn.proj"), ("MlpBlock_0.Dense_0", "mlp.fc1"), ("MlpBlock_0.Dense_1", "mlp.fc2"),
+    ("cross_attention_block", "predictor"), ("position_predictor", "predictor.logits"), ("final_norm", "predictor.norm"),
+    ("predictor.LayerNorm_0", "predictor.norm_query"), ("predictor.LayerNorm_1", "predictor.norm_context"),
+    ("predictor.LayerNorm_2", "predictor.norm_mlp"), ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"),
+    ("predictor.attn.query", "predictor.attn.q"), ("predictor.attn.key", "predictor.attn.k"),
+    ("predictor.attn.value", "predictor.attn.v"), ("attn.query, key, value", "attn.qkv"),
+    ("projection_head_for_clustering_prediction.Dense_0", "head.fc1"), ("projection_head_for_clustering_prediction.Dense_1", "head.fc2"),
+    ("projection_head_for_clustering_prediction.Dense_2", "head.fc3"), ("projection_head_for_clustering_prediction", "head"),
 )  # fmt: skip
 OFFERED_NAMES = (  # in the files offered for download, which older code wrote -> in the released code
     ("final_encoder_norm", "encoder_norm"), ("localizer_block_0", "cross_attention_block"),
@@ -601,8 +602,7 @@ HUGGING_FACE_NAMES = (  # in transformers' ViT -> here
     ("embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"), ("embeddings.cls_token", "encoder.cls_token"),
     ("embeddings.position_embeddings", "encoder.pos_embed"), ("encoder.layer.", "encoder.blocks."),
     ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("layernorm.", "encoder.norm."), ("attention.attention", "attn"),
-    ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
-    ("attn.query, key, value", "attn.qkv"),
+    ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"), ("attn.query, key, value", "attn.qkv"),
 )  # fmt: skip
 NAMINGS = {  # the name of the patch embedding tells how a file names a ViT's other parameters
     "ToTokenSequence_0.embedding.kernel": RELEASED_NAMES,
@@ -660,7 +660,8 @@ def load_encoder(encoder, state):
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
     has_token = "cls_token" in state
     token, patches = state["pos_embed"].tensor_split([int(has_token)], dim=1)  # 1,0 or 1,D and 1,N,D
-    patches = resize_position_embedding(patches.float(), grid, encoder.grid)
+    if grid != encoder.grid:
+        patches = resize_position_embedding(patches.float(), grid, encoder.grid)
     if has_token and encoder.cls_token is None:
         del state["cls_token"]
         token = token[:, :0]
@@ -718,7 +719,8 @@ def read_torch_file(path):
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
         reason = f"it is damaged, or torch.save did not write it ({type(error).__name__})"
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it holds an object of class {unsafe[1]}, which could run code; save model.state_dict()"
+            reason = f"it holds an object of class {unsafe[1]}, which could run code when loaded; in the "
+            reason += "program that wrote it, save only the state dict: torch.save(model.state_dict(), FILE)"
         elif "TorchScript" in str(error):
             reason = "it is a TorchScript program; save only the state dict of torch.jit.load(FILE)"
         elif zipfile.is_zipfile(path) and ".npy" in str(zipfile.ZipFile(path).namelist()):
@@ -735,9 +737,7 @@ def read_flax_file(path):
         if buffer and hasattr(torch, dtype):
             return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
 
-    def join(
-        tree,
-    ):  # arrays over 1 GiB are split into chunks named "0", "1", ...; the shape's entries are too
+    def join(tree):  # arrays over 1 GiB are split into chunks named "0", "1", ..., and so are their shapes
         if "__msgpack_chunked_array__" not in tree:
             return tree
         chunks, shape = ([tree[key][i] for i in sorted(tree[key], key=int)] for key in ("chunks", "shape"))
@@ -747,7 +747,8 @@ def read_flax_file(path):
         with open(path, "rb") as file:
             return msgpack.unpackb(file.read(), ext_hook=array, object_hook=join, strict_map_key=False)
     except Exception as error:  # a damaged file can make msgpack or torch raise anything
-        raise ValueError(f"it is damaged, or no PyTorch, safetensors or flax file ({error!r})") from error
+        reason = f"it is damaged, or no PyTorch, safetensors or flax file ({type(error).__name__})"
+        raise ValueError(reason) from error
 
 
 def _find_vit(entries, branch):
@@ -764,7 +765,7 @@ def _find_vit(entries, branch):
     wanted = [prefix for prefix in found if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or found, key=len)
     renames = found[prefix]
-    if any("final_encoder_norm" in name for name in entries):
+    if any("final_encoder_norm" in name for name in entries):  # else the released name is the file's own
         renames = OFFERED_NAMES + renames
     tensors = {name: x for name, x in entries.items() if torch.is_tensor(x) and name.startswith(prefix)}
     tensors = {name[len(prefix) :]: x for name, x in tensors.items()}
@@ -825,10 +826,8 @@ def _vit_sizes(state, heads=None, image_size=None, depth=None):
     tokens = state.get("encoder.pos_embed", missing).shape[1] - class_token
     dim, patch_size, side = len(kernel), kernel.shape[-1], math.isqrt(tokens)
     if image_size is None and side**2 != tokens:
-        problem = (
-            f"its position embedding has {tokens} patch tokens, not a square number: a rectangular grid,"
-        )
-        raise ValueError(f"{problem} or register or distillation tokens; such a file cannot be read")
+        problem = f"its position embedding has {tokens} patch tokens, which is not a square number"
+        raise ValueError(f"{problem}: a rectangular grid, or register or distillation tokens")
     image_size = image_size or side * patch_size
     image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     heads = heads or {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
@@ -848,10 +847,8 @@ def _check_fit(own, state, problem, to_file_name=str):
         "unknown": [key for key in state if key not in own and re.match(part_of_vit, key)],
     }
     for kind, names in lists.items():
-        if names:
-            problem += (
-                f"; {kind}: {', '.join(sorted(map(to_file_name, names))[:6])}{' ...' * (len(names) > 6)}"
-            )
+        shown = ", ".join(sorted(map(to_file_name, names))[:6])
+        problem += f"; {kind}: {shown}{' ...' * (len(names) > 6)}" * bool(names)
     if any(lists.values()):
         raise ValueError(problem)
 

@@ -447,9 +447,8 @@ class Labeled:
             for k in np.unique(fitted).tolist() if palette and self.palettes is not None else ():
                 color = palette[3 * k : 3 * k + 3]
                 if self.palettes.setdefault(k, color) != color:  # an index of two colors is two classes
-                    raise ValueError(
-                        f"its palette gives the value {k} another color than other masks do; {LIST_THEM}"
-                    )
+                    other = f"its palette gives the value {k} another color than other masks do"
+                    raise ValueError(f"{other}; {LIST_THEM}")
         wrong = labels == ILLEGAL
         if wrong.mean() > most:
             found = f"{wrong.sum()} pixels ({wrong.mean():.1%}, at most {most:.0%} are ignored)"
@@ -553,20 +552,18 @@ def check_values(parts, pixels, inferred, ignores):
     """Exit with an error if the masks of a folder do not seem to hold class indices. parts: by split; pixels: by
     label, over all of them; inferred: the classes are the values; ignores: 255 cannot be a class."""
     used, problem = np.flatnonzero(pixels[:IGNORED]), None
-    if inferred and (
-        len(used) <= used.max(initial=0) or len(used) > MOST_INFERRED or pixels[IGNORED] > pixels.sum() / 4
-    ):
+    gaps = len(used) <= used.max(initial=0)
+    if inferred and (gaps or len(used) > MOST_INFERRED or pixels[IGNORED] > pixels.sum() / 4):
         problem = f"class indices are 0, 1, 2, ... up to {MOST_INFERRED - 1} without gaps, and 255 (ignored) is rare"
     for split, part in parts.items():
-        # Without 255, a split of one class may be right; it is not if 255 was meant to be a class.
-        if np.count_nonzero(part.pixels[:IGNORED]) < 2 and (
-            split == "train" or ignores and part.pixels[IGNORED]
-        ):
+        # Without 255, a small validation split of one class may be right; with it, 255 is probably a class.
+        suspect = split == "train" or (ignores and part.pixels[IGNORED])
+        if suspect and np.count_nonzero(part.pixels[:IGNORED]) < 2:
             problem = f"fewer than two classes in {split}, where 255 means ignored"
     if problem:
-        values = [*map(str, np.flatnonzero(pixels)[:20]), *["..."] * int(np.count_nonzero(pixels) > 20)]
+        values = ", ".join(map(str, np.flatnonzero(pixels)[:20])) + ", ..." * bool(len(used) > 19)
         remedy = f"{LIST_THEM}, or give --classes N for masks with the values 0..N-1"
-        fail(f"the masks hold the values {', '.join(values)}: {problem}; {remedy}")
+        fail(f"the masks hold the values {values}: {problem}; {remedy}")
 
 
 def choose_subset(images, fraction, seed):
@@ -1151,9 +1148,7 @@ def main(args):
     if saved and saved["classes"] != classes:
         fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
     if start_step >= total_steps:
-        say(
-            "note: this run is finished, nothing is trained; give a new run another --out, or add --eval-only"
-        )
+        say("note: this run is finished, nothing is trained; use a new --out, or add --eval-only")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
@@ -1169,11 +1164,11 @@ def main(args):
     more, saved_at = {"classes": classes, "palette": palette}, time.monotonic()
 
     # ---- loop ----
-    rounds = math.ceil(args.batch / len(images))  # a batch larger than the data set repeats images
-    epoch = rounds * len(images)
-    keys = train.step_keys(
-        epoch, args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
-    )
+    epoch = math.ceil(args.batch / len(images)) * len(
+        images
+    )  # a batch larger than the data set repeats images
+    steps, parts = (start_step, total_steps), (rank, world_size, args.accumulate)
+    keys = train.step_keys(epoch, args.batch, args.seed, *steps, *parts)
     batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
     with contextlib.closing(batches), train.catch_signals() as stop:
         for step in range(start_step, total_steps):
@@ -1263,6 +1258,15 @@ SMALL_PRESET = {  # goes with train.py --small
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
 PROTOCOL = ("base_size", "crop", "stride", "batch", "lr", "epochs")  # what a data set decides
 OF_MODEL = ("encoder", "decoder", "crop", "class_token", *SIZE_KEYS)  # what a checkpoint decides
+text_that = functools.partial(train.number, str)  # argparse types of text
+existing = text_that(os.path.exists, "a file or folder that exists")
+start_of = text_that(
+    lambda x: x in ("none", "timm") or os.path.exists(x), "none, timm, or a file that exists"
+)
+timm_name = text_that(lambda x: x.startswith("timm:"), "timm:NAME")
+pattern = text_that(
+    lambda x: "*" in x and not os.path.isabs(x), "a pattern below DIR with a star; quote it: 'masks/*.png'"
+)
 number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 
 
@@ -1273,15 +1277,6 @@ def data_flag(text):
         raise argparse.ArgumentTypeError(f"give NAME:DIR, NAME one of {', '.join(DATASETS)}, not {text!r}")
     if not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"there is no folder {folder}")
-    return text
-
-
-def pattern(text):
-    """argparse type of --pairs."""
-    if "*" not in text or os.path.isabs(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no pattern below DIR with a star; quote it: 'masks/*.png'"
-        )
     return text
 
 
@@ -1304,9 +1299,9 @@ def make_parser():
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: those of --encoder, its default")
+    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: those of --encoder, its default")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, if --init holds both")
-    g.add_argument("--encoder", metavar="timm:NAME", help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
+    g.add_argument("--encoder", metavar="timm:NAME", type=timm_name, help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
     g.add_argument("--decoder", choices=list(DECODERS), help="what maps patch tokens to class logits; default: linear")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
     g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
@@ -1337,7 +1332,7 @@ def make_parser():
     g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
     g.add_argument("--evaluations", type=positive_int, help="evaluations during a run, evenly spaced, the last one at the end; default: 10, or 2 in presets")
-    g.add_argument("--predict", nargs="+", metavar="PATH", help="images or folders to segment with --checkpoint, into --out")
+    g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out")
     g = train.add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
     # fmt: on
@@ -1438,17 +1433,13 @@ def parse_args(arguments=None):
     parser = make_parser()
     args = parser.parse_args(arguments)
     training = not (args.eval_only or args.predict)
-    args.name, _, args.folder = (args.data or "scenes:").partition(":")
-    args.folder = args.folder or None
+    args.name, _, folder = (args.data or "scenes:").partition(":")
+    args.folder = folder or None
     preset = choose_preset(args)
-    if args.encoder and not args.encoder.startswith("timm:"):
-        parser.error(f"--encoder {args.encoder}: give timm:NAME")
     if training and args.checkpoint:
         parser.error("--checkpoint works only with --eval-only or --predict; use --init for initial weights")
     if training:
         fill(args, {key: preset[key] for key in ("init", "out")})
-        if args.init not in ("none", "timm") and not os.path.exists(args.init):
-            parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
         fill(args, loca.SIZES.get(args.model, {}))
         sizes = encoder_sizes(args, parser)
         fill(args, {key: {"class_token": False, **sizes}.get(key) for key in (*SIZE_KEYS, "class_token")})
@@ -1480,9 +1471,6 @@ def parse_args(arguments=None):
     data = DATASETS.get(args.name)
     if args.split == "test" and not (args.eval_only and data and len(data.splits) == 3):
         parser.error("--split test needs --eval-only and a data set that has test images with masks")
-    for path in args.predict or ():
-        if not os.path.exists(path):
-            parser.error(f"--predict {path}: no such file or folder")
     return args
 
 

@@ -1259,14 +1259,10 @@ ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
 PROTOCOL = ("base_size", "crop", "stride", "batch", "lr", "epochs")  # what a data set decides
 OF_MODEL = ("encoder", "decoder", "crop", "class_token", *SIZE_KEYS)  # what a checkpoint decides
 text_that = functools.partial(train.number, str)  # argparse types of text
-existing = text_that(os.path.exists, "a file or folder that exists")
-start_of = text_that(
-    lambda x: x in ("none", "timm") or os.path.exists(x), "none, timm, or a file that exists"
-)
+existing = text_that(os.path.exists, "an existing file or folder")
+start_of = text_that(lambda x: x in ("none", "timm") or os.path.exists(x), "none, timm or an existing file")
 timm_name = text_that(lambda x: x.startswith("timm:"), "timm:NAME")
-pattern = text_that(
-    lambda x: "*" in x and not os.path.isabs(x), "a pattern below DIR with a star; quote it: 'masks/*.png'"
-)
+pattern = text_that(lambda x: "*" in x and not os.path.isabs(x), "a quoted pattern below DIR with a star")
 number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 
 
@@ -1349,12 +1345,18 @@ def fill(args, values):
 def choose_preset(args):
     """The defaults of a run: those of the data set, of the drawn scenes or of --small."""
     data = DATASETS.get(args.name)
-    preset = {"optimizer": "sgd", "init": "none", "decoder": "linear", "evaluations": 10}
-    preset["out"] = f"runs/finetune_{args.name}"
+    preset = {
+        "optimizer": "sgd",
+        "init": "none",
+        "decoder": "linear",
+        "evaluations": 10,
+        "class_token": False,
+    }
+    preset |= {**loca.SIZES["B/16"], "out": f"runs/finetune_{args.name}"}
     preset |= {key: getattr(data, key) for key in PROTOCOL} if data else SCENES_PRESET
     preset |= SMALL_PRESET if args.small else {}
-    if args.encoder:
-        preset["init"] = "timm"
+    if args.encoder:  # timm's model has its own weights and sizes
+        preset = {key: x for key, x in preset.items() if key not in SIZE_KEYS} | {"init": "timm"}
     elif data is None and os.path.exists(SCENES_RUN):
         preset["init"] = SCENES_RUN
     # A preset's learning rate belongs to its optimizer.
@@ -1383,7 +1385,7 @@ def settings_of_checkpoint(path, parser):
 def encoder_sizes(args, parser):
     """The sizes of a new encoder: those of the run folder's checkpoint, of the timm model, or of the weights of
     --init; none if it starts from scratch. Exits with an error if a file cannot be read."""
-    last = Path(args.out, "last.pt")
+    last, found = Path(args.out, "last.pt"), {}
     source = f"--encoder {args.encoder}" if args.encoder else last if last.exists() else f"--init {args.init}"
     try:
         if args.encoder:
@@ -1392,16 +1394,17 @@ def encoder_sizes(args, parser):
                 model = timm.create_model(args.encoder.removeprefix("timm:"))
             if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
                 raise ValueError("it must be one of timm's VisionTransformer or Eva models")
-            return {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
-        if last.exists():  # its weights replace those of --init
-            settings = loca.read_torch_file(last)["settings"]
-            return {key: settings[key] for key in (*SIZE_KEYS, "class_token")}
-        # If the weights have a class token, the encoder keeps it; the decoder never sees it.
-        return loca.load_weights(args.init, args.branch).sizes if args.init != "none" else {}
+            found = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
+        elif last.exists():  # its weights replace those of --init
+            found = loca.read_torch_file(last)["settings"]
+        elif args.init != "none":
+            found = loca.load_weights(args.init, args.branch).sizes
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         parser.error(f"{source}: {error}")
     except (KeyError, TypeError):
         parser.error(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
+    # If the weights have a class token, the encoder keeps it; the decoder never sees it.
+    return {key: found.get(key) for key in (*SIZE_KEYS, "class_token")}
 
 
 def settle_windows(args, preset, parser):
@@ -1441,10 +1444,7 @@ def parse_args(arguments=None):
     if training:
         fill(args, {key: preset[key] for key in ("init", "out")})
         fill(args, loca.SIZES.get(args.model, {}))
-        sizes = encoder_sizes(args, parser)
-        fill(args, {key: {"class_token": False, **sizes}.get(key) for key in (*SIZE_KEYS, "class_token")})
-        if not args.encoder:
-            preset = {**loca.SIZES["B/16"], **preset}
+        fill(args, encoder_sizes(args, parser))
     else:
         if args.eval_only:
             fill(args, {"checkpoint": str(Path(args.out or preset["out"], "best.pt"))})

@@ -1352,11 +1352,11 @@ IMPOSSIBLE = [  # one or two of each kind
     (finetune_seg, "--crop 100", "--crop 100 100 is not a multiple of the patch size 8: try --crop 96 96"),
     (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"), (finetune_seg, "--stride 200", "--stride"),
     (finetune_seg, "--fraction x", "--fraction"), (finetune_seg, "--fraction 3/2", "--fraction"),
-    (finetune_seg, "--heads 3", "3 heads"), (finetune_seg, "--init no/file.pt", "a file that exists"),
+    (finetune_seg, "--heads 3", "3 heads"), (finetune_seg, "--init no/file.pt", "an existing file"),
     (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"),
     (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--classes 1", "--classes"),
     (finetune_seg, "--encoder vit", "timm:NAME"), (finetune_seg, "--classes 3", "--data folder:DIR"),
-    (finetune_seg, "--pairs a/*.png b/*.png", "--data folder:DIR"), (finetune_seg, "--pairs a/1.png b/1.png", "quote it"),
+    (finetune_seg, "--pairs a/*.png b/*.png", "--data folder:DIR"), (finetune_seg, "--pairs a/1.png b/1.png", "quoted pattern"),
     (finetune_seg, "--checkpoint best.pt", "--init"), (train, "--val .", "--val needs --data"),
 ]  # fmt: skip
 

@@ -66,7 +66,7 @@ class DataSet:
     classes: tuple
     layouts: tuple
     palette: tuple = ()
-    splits: tuple = ("train", "val", "test")
+    splits: tuple = ("train", "val")
     roots: tuple = ()
     values: dict | None = None
     colors: dict | None = None
@@ -98,11 +98,10 @@ def shifted(classes):
 
 def voc_palette(classes):
     """The colors of Pascal VOC's masks for `classes` classes: bits of the index, spread over the channels."""
-    index, colors = np.arange(classes), np.zeros((classes, 3), int)
-    for bit in range(8):  # index bit 3 * bit + channel sets bit 7 - bit of that channel
-        for channel in range(3):
-            colors[:, channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-    return tuple(map(tuple, colors.tolist()))
+    index = np.arange(classes, dtype=np.uint8)[:, None]
+    bits = np.unpackbits(index, axis=1, count=9, bitorder="little").reshape(classes, 3, 3)
+    # Bit 3 * b + channel of the index is bit 7 - b of that channel.
+    return tuple(map(tuple, (np.array([128, 64, 32]) @ bits).tolist()))
 
 
 # fmt: off
@@ -174,36 +173,36 @@ VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
 CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
     "ade20k": DataSet(
-        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE, ("train", "val"),
-        ("ADEChallengeData2016",), values=shifted(150)),
+        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE,
+        roots=("ADEChallengeData2016",), values=shifted(150)),
     "voc2012": DataSet(
         VOC, (("JPEGImages/*.jpg", "SegmentationClass/*.png|SegmentationClassAug/*.png",
                "ImageSets/Segmentation/{split}aug.txt|ImageSets/Segmentation/{split}.txt"),),
-        voc_palette(21), ("train", "val"), VOC_ROOTS, crop=480, stride=320, batch=16),
+        voc_palette(21), roots=VOC_ROOTS, crop=480, stride=320, batch=16),
     "context": DataSet(
-        CONTEXT, CONTEXT_FILES, ADE20K_PALETTE[:60], ("train", "val"), VOC_ROOTS, base_size=520, crop=480, stride=320,
-        batch=16, epochs=256),
+        CONTEXT, CONTEXT_FILES, ADE20K_PALETTE[:60], roots=VOC_ROOTS, base_size=520, crop=480, stride=320, batch=16,
+        epochs=256),
     "context59": DataSet(
-        CONTEXT[1:], CONTEXT_FILES, ADE20K_PALETTE[1:60], ("train", "val"), VOC_ROOTS, values=shifted(59), base_size=520,
-        crop=480, stride=320, batch=16, epochs=256),
+        CONTEXT[1:], CONTEXT_FILES, ADE20K_PALETTE[1:60], roots=VOC_ROOTS, values=shifted(59), base_size=520, crop=480,
+        stride=320, batch=16, epochs=256),
     "cityscapes": DataSet(
         CITYSCAPES, (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png"),),
-        CITYSCAPES_PALETTE, ("train", "val"), values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
+        CITYSCAPES_PALETTE, values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
     "bdd100k": DataSet(
         CITYSCAPES, (("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
                      ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")),
-        CITYSCAPES_PALETTE, ("train", "val"), ("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
+        CITYSCAPES_PALETTE, roots=("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
     "camvid": DataSet(
         CAMVID, (("{split}/*.*", "{split}annot/*.png"), ("{split}/*.*", "{split}_labels/*_L.png"),
                  ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", "{split}.txt")),
-        tuple(CAMVID_COLORS[k][0] for k in range(11)), values={k: k for k in range(11)} | {11: IGNORED},
+        tuple(CAMVID_COLORS[k][0] for k in range(11)), tuple(SPLITS), values={k: k for k in range(11)} | {11: IGNORED},
         colors={color: k for k, colors in CAMVID_COLORS.items() for color in colors}, base_size=360, crop=320, stride=160,
         lr=0.01, epochs=216),
     "idd": DataSet(
         IDD, (("leftImg8bit/{split}/*/*_leftImg8bit.*", "gtFine/{split}/*/*_gtFine_labellevel3Ids.png"),), IDD_PALETTE,
-        ("train", "val"), base_size=720, crop=640, lr=0.01, epochs=108),
+        base_size=720, crop=640, lr=0.01, epochs=108),
     "kitti": DataSet(
-        CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),), CITYSCAPES_PALETTE, ("train", "val"),
+        CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),), CITYSCAPES_PALETTE,
         values=CITYSCAPES_IDS, base_size=368, crop=368, stride=256, lr=0.01, epochs=216),
     "sunrgbd": DataSet(
         SUN, (("image/{split}/img-#.jpg", "label37/{split}/#.png"),
@@ -219,7 +218,8 @@ DATASETS = {
                                   ("images", "masks"))
             for image, these in (("*_RGB.tif", ("*_label.tif", "*_label_noBoundary.tif")),
                                  ("*.tif", ("*.tif", "*_noBoundary.tif")), ("*.*", ("*.*",)))),
-        ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, base_size=0),
+        ISPRS_PALETTE, tuple(SPLITS), values=shifted(6),
+        colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, base_size=0),
     "suim": DataSet(
         SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), SUIM_PALETTE, ("train_val", "TEST"), ("SUIM",),
         values={}, colors=dict(zip(SUIM_PALETTE, range(8))), color_modes=("P", "RGB", "RGBA"), tolerance=127, crop_masks=True,
@@ -228,7 +228,7 @@ DATASETS = {
         ("images/{split}/*.*", "masks/{split}/*.*|masks/{split}/*_mask.*"),
         ("{split}/images/*.*", "{split}/masks/*.*|{split}/masks/*_mask.*"),
         ("JPEGImages/*.*", "SegmentationClass/*.*", "ImageSets/Segmentation/{split}.txt"),
-        ("JPEGImages/*.*", "SegmentationClass/*.*"), ("images/*.*", "masks/*.*|masks/*_mask.*"))),
+        ("JPEGImages/*.*", "SegmentationClass/*.*"), ("images/*.*", "masks/*.*|masks/*_mask.*")), splits=tuple(SPLITS)),
 }
 # fmt: on
 
@@ -525,7 +525,7 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         old, new = (", ".join(x[:30]) for x in (classes, names))
         counts = f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}"
         fail(f"{counts}: {old}; {new}; use the same names in the same order")
-    start, parts, sums, palettes = time.perf_counter(), [], 0, {} if name == "folder" else None
+    began, parts, sums, palettes = time.perf_counter(), [], 0, {} if name == "folder" else None
     for split in splits:
         pairs = find_pairs(name, folder, split, args.pairs)
         say(f"{split}: {len(pairs)} images, such as {pairs[0][0]} with {pairs[0][1]}")
@@ -533,7 +533,7 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         sums = sums + check_masks(parts[-1], rank, world_size, device)
     (ignored, cropped, short), images = sums, sum(map(len, parts))
     pixels = sum(part.pixels for part in parts)
-    say(f"{images} masks checked in {time.perf_counter() - start:.1f} s")
+    say(f"{images} masks checked in {time.perf_counter() - began:.1f} s")
     if ignored:
         say(f"note: {ignored} pixels ({ignored / pixels.sum():.2%}) belong to no class and are ignored")
     if cropped:
@@ -1014,7 +1014,7 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, widt
 # -------------------------------------------------------------------------------------- evaluate and predict
 
 
-def start(args):
+def join_processes(args):
     """Join the other processes and choose the precision -> rank, number of processes, device."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
@@ -1031,7 +1031,7 @@ def load_segmenter(args, device):
 
 def evaluate_only(args):
     """Evaluate a checkpoint on a split; write results.json and predictions.png."""
-    rank, world_size, device = start(args)
+    rank, world_size, device = join_processes(args)
     model, content = load_segmenter(args, device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
@@ -1075,7 +1075,7 @@ def name_results(paths, out):
 def predict(args):
     """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices), and
     once classes.txt, which makes the masks valid ones of folder:DIR."""
-    rank, world_size, device = start(args)
+    rank, world_size, device = join_processes(args)
     model, content = load_segmenter(args, device)
     classes, palette, listing = content["classes"], content["palette"], Path(args.out, "classes.txt")
     results, failed, lines = name_results(args.predict, args.out), 0, class_list(classes, palette).encode()
@@ -1113,7 +1113,7 @@ def predict(args):
 def main(args):
     """Fine-tune with these settings, resuming from the last checkpoint in --out if there is one."""
     # ---- processes: torchrun's environment, or a single one ----
-    rank, world_size, device = start(args)
+    rank, world_size, device = join_processes(args)
     out = Path(args.out)
 
     # ---- data ----

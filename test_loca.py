@@ -2567,7 +2567,6 @@ INIT = [  # kind of weights, flags, what is said; heads of the model
 ]
 OPTIONS = [  # flags, steps, what is said
     ("--epochs 2", 3, "6 of 6 images, 5 for validation, 3 classes"),
-    ("--fraction 1/3 --epochs 4", 2, "2 of 6 images, 5 for validation, 3 classes"),
     ("--fraction 1/3 --epochs 6 --classes 4", 3, "2 of 6 images, 5 for validation, 4 c"),
     ("--model Ti/16 --dim 192 --heads 3 --mlp-dim 16 --epochs 1 --init none --window 24 16", 2, ": none"),
 ]

@@ -444,7 +444,8 @@ class Labeled:
             raise ValueError(f"{kind} class indices; for folder:DIR, {LIST_THEM}")
         else:  # negative values and values that are too large take the last entry, which is illegal
             labels = self.of_value.take(fitted.astype(np.uint32), mode="clip")
-            for k in np.unique(fitted).tolist() if palette and self.palettes is not None else ():
+            compared = palette and self.palettes is not None
+            for k in np.flatnonzero(np.bincount(fitted.ravel())).tolist() if compared else ():
                 color = palette[3 * k : 3 * k + 3]
                 if self.palettes.setdefault(k, color) != color:  # an index of two colors is two classes
                     other = f"its palette gives the value {k} another color than other masks do"

@@ -2169,7 +2169,7 @@ folder JPEGImages/{}.jpg SegmentationClass/{}.png
 FAULTS = [  # files that are written or removed, what is said about them; --classes
     ("masks/train/2.png", columns([9], 20, 28), "masks/train/2.png: 560 pixels .*, such as 9", 3),
     ("masks/train/3.png", columns([700], 20, 28), "3.png: 560 pixels .*, such as 700", 3),
-    ("masks/train/1.png", columns([0], 20, 20), "1.png: it is 20x20 .* but its image is 28x20", None),
+    ("masks/train/1.png", columns([0], 24, 32), "1.png: it is 32x24 .* but its image is 28x20", None),
     ("masks/train/0.png", columns(["ff0000"], 20, 28), "0.png: it has mode RGB, not class indices; .*classes.txt", None),
     ("masks/train/4.png", b"no picture", "4.png: cannot identify", None),
     ("images/train/4.png", b"no picture", "its image .*4.png cannot be read", None),
@@ -2253,6 +2253,8 @@ def test_the_pairs_that_would_fit_are_named_and_work(image, mask, pairs, tmp_pat
     part = open_part("folder", tmp_path, pairs=shlex.split(pairs))[0]
     assert part.pairs == [tuple(map(str, pair)) for pair in files[:4]]
     assert "no images with masks" in fails_to(open_part, "folder", tmp_path, pairs=["x/*.png", "y/*.png"])
+    files[4][1].unlink()  # every image must have its mask
+    assert "--pairs" not in fails_to(open_part, "folder", tmp_path)
 
 
 def test_several_candidates_are_never_searched(tmp_path):

@@ -1922,7 +1922,7 @@ def test_scores_and_average_precision():
 
 NEVER = [  # confusion matrix, training pixels by label, line
     ([[8, 1], [0, 3]], None, ""),
-    ([[9, 0, 0], [1, 0, 0], [0, 0, 4]], [50, 30, 20, 900], "never predicted correctly (share of the training pixels): B 30.0%"),
+    ([[9, 0, 0], [1, 0, 0], [1, 0, 0]], [50, 20, 30, 900], "never predicted correctly (share of the training pixels): C 30.0%, B 20.0%"),
     (np.eye(8)[[0] * 8], None, "never predicted correctly (share of the evaluated pixels): B 12.5%, C 12.5%, D 12.5%, E 12.5%, F 12.5%, ..."),
 ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -35,17 +35,12 @@ import train
 from train import fail, float_or_0, int_or_0, positive_float, positive_int, say, share, share_or_0
 
 IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
-SPLITS = {
-    "train": "train|training",
-    "val": "val|valid|validation",
-    "test": "test|testing",
-}  # names of {split}
+# Names of {split}.
+SPLITS = {"train": "train|training", "val": "val|valid|validation", "test": "test|testing"}
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
 MOST_IGNORED = 0.05  # largest share of a mask's pixels with colors that are not listed
 MOST_INFERRED = 64  # largest number of classes that is taken from the values in the masks
-LIST_THEM = (
-    "list the classes in DIR/classes.txt, one a line, 'NAME GRAY' or 'NAME R G B', such as 'object 255'"
-)
+LIST_THEM = "list the classes in DIR/classes.txt, one a line: NAME GRAY or NAME R G B, such as 'object 255'"
 VAL_SCENES = 50  # number of drawn scenes for validation
 
 
@@ -70,7 +65,7 @@ class DataSet:
     classes: tuple
     layouts: tuple
     palette: tuple = ()
-    splits: tuple = ("train", "val", "test")
+    splits: tuple = ("train", "val")
     roots: tuple = ()
     values: dict | None = None
     colors: dict | None = None
@@ -102,49 +97,45 @@ def shifted(classes):
 
 def voc_palette(classes):
     """The colors of Pascal VOC's masks for `classes` classes: bits of the index, spread over the channels."""
-    index, colors = np.arange(classes), np.zeros((classes, 3), int)
-    for bit in range(8):  # index bit 3 * bit + channel sets bit 7 - bit of that channel
-        for channel in range(3):
-            colors[:, channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-    return tuple(map(tuple, colors.tolist()))
+    index = np.arange(classes, dtype=np.uint8)[:, None]
+    bits = np.unpackbits(index, axis=1, count=9, bitorder="little").reshape(classes, 3, 3)
+    # Bit 3 * b + channel of the index is bit 7 - b of that channel.
+    return tuple(map(tuple, (np.array([128, 64, 32]) @ bits).tolist()))
 
 
 # fmt: off
-ADE20K = names_of("""wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
-sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
-house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing,
-cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
-refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway, river,
-bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove, palm,
-kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower,
-chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
-bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy,
-washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball,
-food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture,
-hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board,
-shower, radiator, glass, clock, flag""")
-ADE20K_PALETTE = colors_of("""787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff
-ebff07 96053d 787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0
-0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08
-00ff14 ff0829 ff0599 0633ff eb0cff a09614 00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff
-ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff
-33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff
-00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900 00ff0a ff7000 8fff00
-5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff 46b8a0
-a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff
-1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff
-ffd600 19c2c2 66ff00 5c00ff""")
-VOC = names_of("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow,
-dining table, dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
-CONTEXT = names_of("""background, aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle,
-building, bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence,
-floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate,
-platform, pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train,
-tree, truck, tvmonitor, wall, water, window, wood""")
-CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign,
-vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
-CITYSCAPES_PALETTE = colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98
-4682b4 dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20""")
+ADE20K = names_of("""wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror,
+rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
+chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case,
+pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
+bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel,
+light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole,
+land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer,
+plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank,
+trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic
+light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""")
+ADE20K_PALETTE = colors_of("""787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07
+96053d 787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c
+7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff
+a09614 00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5
+003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff
+ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3
+ff9900 00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff
+70e0ff 46b8a0 a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff
+1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2
+66ff00 5c00ff""")
+VOC = names_of("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog,
+horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
+CONTEXT = names_of("""background, aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building,
+bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food,
+grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock,
+sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window,
+wood""")
+CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain,
+sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
+CITYSCAPES_PALETTE = colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c
+ff0000 00008e 000046 003c64 005064 0000e6 770b20""")
 CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED)
 CITYSCAPES_IDS |= dict(zip((7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33), range(19)))
 CAMVID = names_of("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
@@ -162,16 +153,14 @@ CAMVID_COLORS = {  # the 32 original colors, grouped as in SegNet; the first of 
     10: colors_of("0080c0 c000c0"),  # bicyclist, motorcycle
     IGNORED: colors_of("000000"),
 }
-IDD = names_of("""road, parking or drivable fallback, sidewalk, rail track or non-drivable fallback,
-person or animal, rider, motorcycle, bicycle, autorickshaw, car, truck, bus, vehicle fallback, curb, wall,
-fence, guard rail, billboard, traffic sign, traffic light, pole, obstacle fallback, building,
-bridge or tunnel, vegetation, sky or background""")
-IDD_PALETTE = colors_of("""804080 faaaa0 f423e8 e6968c dc143c ff0000 0000e6 770b20 ffcc36 00008e 000046
-003c64 888f99 dcbe28 66669c be9999 b4a5b4 ae4043 dcdc00 faaa1e 999999 a9bbd6 464646 966464 6b8e23 4682b4""")
-SUN = names_of("""wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter,
-blinds, desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator,
-television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub,
-bag""")
+IDD = names_of("""road, parking or drivable fallback, sidewalk, rail track or non-drivable fallback, person or animal,
+rider, motorcycle, bicycle, autorickshaw, car, truck, bus, vehicle fallback, curb, wall, fence, guard rail, billboard,
+traffic sign, traffic light, pole, obstacle fallback, building, bridge or tunnel, vegetation, sky or background""")
+IDD_PALETTE = colors_of("""804080 faaaa0 f423e8 e6968c dc143c ff0000 0000e6 770b20 ffcc36 00008e 000046 003c64 888f99
+dcbe28 66669c be9999 b4a5b4 ae4043 dcdc00 faaa1e 999999 a9bbd6 464646 966464 6b8e23 4682b4""")
+SUN = names_of("""wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds,
+desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, television, paper,
+towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag""")
 ISPRS = names_of("impervious surface, building, low vegetation, tree, car, clutter")
 ISPRS_PALETTE = colors_of("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
 SUIM = names_of("water, diver, plants, wreck, robot, reef, fish, sea floor")
@@ -183,36 +172,36 @@ VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
 CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
     "ade20k": DataSet(
-        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE, ("train", "val"),
-        ("ADEChallengeData2016",), values=shifted(150)),
+        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE,
+        roots=("ADEChallengeData2016",), values=shifted(150)),
     "voc2012": DataSet(
         VOC, (("JPEGImages/*.jpg", "SegmentationClass/*.png|SegmentationClassAug/*.png",
                "ImageSets/Segmentation/{split}aug.txt|ImageSets/Segmentation/{split}.txt"),),
-        voc_palette(21), ("train", "val"), VOC_ROOTS, crop=480, stride=320, batch=16),
+        voc_palette(21), roots=VOC_ROOTS, crop=480, stride=320, batch=16),
     "context": DataSet(
-        CONTEXT, CONTEXT_FILES, ADE20K_PALETTE[:60], ("train", "val"), VOC_ROOTS, base_size=520, crop=480, stride=320,
-        batch=16, epochs=256),
+        CONTEXT, CONTEXT_FILES, ADE20K_PALETTE[:60], roots=VOC_ROOTS, base_size=520, crop=480, stride=320, batch=16,
+        epochs=256),
     "context59": DataSet(
-        CONTEXT[1:], CONTEXT_FILES, ADE20K_PALETTE[1:60], ("train", "val"), VOC_ROOTS, values=shifted(59), base_size=520,
-        crop=480, stride=320, batch=16, epochs=256),
+        CONTEXT[1:], CONTEXT_FILES, ADE20K_PALETTE[1:60], roots=VOC_ROOTS, values=shifted(59), base_size=520, crop=480,
+        stride=320, batch=16, epochs=256),
     "cityscapes": DataSet(
         CITYSCAPES, (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png"),),
-        CITYSCAPES_PALETTE, ("train", "val"), values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
+        CITYSCAPES_PALETTE, values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
     "bdd100k": DataSet(
         CITYSCAPES, (("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
                      ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")),
-        CITYSCAPES_PALETTE, ("train", "val"), ("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
+        CITYSCAPES_PALETTE, roots=("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
     "camvid": DataSet(
         CAMVID, (("{split}/*.*", "{split}annot/*.png"), ("{split}/*.*", "{split}_labels/*_L.png"),
                  ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", "{split}.txt")),
-        tuple(CAMVID_COLORS[k][0] for k in range(11)), values={k: k for k in range(11)} | {11: IGNORED},
+        tuple(CAMVID_COLORS[k][0] for k in range(11)), tuple(SPLITS), values={k: k for k in range(11)} | {11: IGNORED},
         colors={color: k for k, colors in CAMVID_COLORS.items() for color in colors}, base_size=360, crop=320, stride=160,
         lr=0.01, epochs=216),
     "idd": DataSet(
         IDD, (("leftImg8bit/{split}/*/*_leftImg8bit.*", "gtFine/{split}/*/*_gtFine_labellevel3Ids.png"),), IDD_PALETTE,
-        ("train", "val"), base_size=720, crop=640, lr=0.01, epochs=108),
+        base_size=720, crop=640, lr=0.01, epochs=108),
     "kitti": DataSet(
-        CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),), CITYSCAPES_PALETTE, ("train", "val"),
+        CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),), CITYSCAPES_PALETTE,
         values=CITYSCAPES_IDS, base_size=368, crop=368, stride=256, lr=0.01, epochs=216),
     "sunrgbd": DataSet(
         SUN, (("image/{split}/img-#.jpg", "label37/{split}/#.png"),
@@ -228,7 +217,8 @@ DATASETS = {
                                   ("images", "masks"))
             for image, these in (("*_RGB.tif", ("*_label.tif", "*_label_noBoundary.tif")),
                                  ("*.tif", ("*.tif", "*_noBoundary.tif")), ("*.*", ("*.*",)))),
-        ISPRS_PALETTE, values=shifted(6), colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, base_size=0),
+        ISPRS_PALETTE, tuple(SPLITS), values=shifted(6),
+        colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, base_size=0),
     "suim": DataSet(
         SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), SUIM_PALETTE, ("train_val", "TEST"), ("SUIM",),
         values={}, colors=dict(zip(SUIM_PALETTE, range(8))), color_modes=("P", "RGB", "RGBA"), tolerance=127, crop_masks=True,
@@ -237,7 +227,7 @@ DATASETS = {
         ("images/{split}/*.*", "masks/{split}/*.*|masks/{split}/*_mask.*"),
         ("{split}/images/*.*", "{split}/masks/*.*|{split}/masks/*_mask.*"),
         ("JPEGImages/*.*", "SegmentationClass/*.*", "ImageSets/Segmentation/{split}.txt"),
-        ("JPEGImages/*.*", "SegmentationClass/*.*"), ("images/*.*", "masks/*.*|masks/*_mask.*"))),
+        ("JPEGImages/*.*", "SegmentationClass/*.*"), ("images/*.*", "masks/*.*|masks/*_mask.*")), splits=tuple(SPLITS)),
 }
 # fmt: on
 
@@ -299,20 +289,16 @@ def find_pairs(name, folder, split, patterns=None):
     else:
         looked = ", ".join(dict.fromkeys(f"{x[0]} with {x[1].split('|')[0]}" for x in layouts))
         fail(f"{flag}: no images with masks; looked for {looked}; {what_is_there(folder, not data.classes)}")
-    has_splits = any("{split}" in str(text) for text in layout)
+    has_splits = "{split}" in str(layout)
     if split == "test" and not (has_splits and found["test"][2]):
         fail(f"{flag}: it has no test split")
     held_out = split != "test" and (not has_splits or (name == "folder" and not found["val"][2]))
     images, masks, wanted = found["train" if held_out else split]
-    missing = [f"{'/'.join(key)!r} has no image" for key in wanted if key not in images]
-    for key in wanted:
-        if key in images and key not in masks:  # say what its mask should be called
-            texts, mask = iter(key), layout[1].split("|")[0].replace("{split}", split)
-            mask = re.sub(r"[*#]", lambda _: next(texts, "*"), re.sub(r"\.\*$", ".png", mask))
-            missing.append(f"{images[key]} has no mask {os.path.join(root, mask)}")
+    missing = [repr("/".join(key)) + " has no image" for key in wanted if key not in images]
+    missing += [f"{images[key]} has no mask" for key in wanted if key in images and key not in masks]
     if missing or not wanted:
         shown = "; ".join(missing[:3] + ["..."] * (len(missing) > 3))
-        lacks = f"lacks {len(missing)} files: {shown}" if missing else "has no images"
+        lacks = f"lacks {len(missing)} files: {shown}; looked for {layout[1]}" if missing else "has no images"
         suggest = not data.classes and images.keys().isdisjoint(masks)
         fail(f"{flag}: the {split} split {lacks}; {what_is_there(folder, suggest)}")
     pairs = [(images[key], masks[key]) for key in wanted]
@@ -324,9 +310,21 @@ def find_pairs(name, folder, split, patterns=None):
     return pairs
 
 
+def what_is_there(folder, suggest):
+    """For messages: the folders that hold files, and the --pairs that would fit."""
+    holds = [
+        f"{os.path.relpath(parent, folder)}/ holds {len(files)} files such as {min(files)}"
+        for parent, _, files in sorted(os.walk(folder))
+        if files and "/." not in parent.removeprefix(folder)
+    ]
+    text = "; ".join(holds[:6] + ["..."] * (len(holds) > 6)) or "the folder is empty"
+    layout = suggest_pairs(folder) if suggest else None
+    return f"{text}; this fits: --pairs {shlex.join(layout)}" if layout else text
+
+
 def suggest_pairs(folder):
     """The patterns of --pairs with the most images, each with its mask, or None."""
-    groups, fitting = {}, []
+    groups, most, best = {}, 0, None  # groups: files by folder and suffix, those of all splits together
     for path in sorted(Path(folder).rglob("*.*")):
         parts = path.relative_to(folder).parts[:-1]
         place = [re.sub(f"(?i)^(?:{'|'.join(SPLITS.values())})$", "{split}", part) for part in parts]
@@ -335,32 +333,20 @@ def suggest_pairs(folder):
     for images, masks in itertools.product(list(groups)[:6], repeat=2):
         # An image shares its name, a number in it, or what is before or after a separator with its mask.
         image = groups[images][0]
-        ends = [re.sub(pattern, "", image.stem) for pattern in ("[-_. ][^-_. ]*$", "^[^-_. ]*[-_. ]")]
-        for text in dict.fromkeys([image.stem, *ends, *re.findall("[0-9]+", image.stem)]):
+        ends = [re.sub(end, "", image.stem) for end in ("[-_. ][^-_. ]*$", "^[^-_. ]*[-_. ]")]
+        for text in [image.stem, *ends, *re.findall("[0-9]+", image.stem)]:
             named = [file for file in groups[masks] if text in file.stem and file != image]
             mask = min(named, key=lambda file: len(file.stem), default=image)
             files = ((images, image), (masks, mask))
             layout = [place + file.stem.replace(text, "*", 1) + suffix for (place, suffix), file in files]
             found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS if named]
             fits = [key in there for _, there, wanted in found for key in wanted]
-            if all(fits) and 2 * len(fits) >= len(groups[images]):
+            if all(fits) and len(fits) > most and 2 * len(fits) >= len(groups[images]):
                 with contextlib.suppress(Exception):  # a damaged file can make a decoder raise anything
                     # Of an image and its mask, the image has more colors.
                     colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
-                    fitting += [(len(fits), layout)] * (colors[0] > colors[1])
-    return max(fitting, key=lambda fit: fit[0], default=[None])[-1]  # the first of the best
-
-
-def what_is_there(folder, suggest):
-    """For messages: the folders that hold files, and the --pairs that would fit."""
-    holds = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(x for x in folders if x[0] != ".")
-        if files:
-            holds.append(f"{os.path.relpath(parent, folder)}/ holds {len(files)} files such as {min(files)}")
-    text = "; ".join(holds[:6] + ["..."] * (len(holds) > 6)) or "the folder is empty"
-    layout = suggest_pairs(folder) if suggest else None
-    return f"{text}; this fits: --pairs {shlex.join(layout)}" if layout else text
+                    most, best = (len(fits), layout) if colors[0] > colors[1] else (most, best)
+    return best
 
 
 def read_class_list(folders):
@@ -380,33 +366,29 @@ def read_class_list(folders):
     # The value of labelme's __ignore__ is always 255, so its line does not count.
     lines = [line for line in lines if line and line[0] != "#" and line != "__ignore__"]
     number = r"[\s:,;]+(\d+)"
-    colors, grays = ([re.fullmatch(f"(.+?){number * n}(?::.*)?", x) for x in lines] for n in (3, 1))
+    entries = [re.fullmatch(f"(.+?){number}(?:{number * 2})?(?::.*)?", line) for line in lines]
     # "lane 1" and "lane 2" are two names, not one class with two gray values.
-    listed = any(colors) or (all(grays) and len({match[1] for match in grays}) == len(grays))
-    labels, names, used = [], [], []  # used: colors, by line
-    for line, match in zip(lines, map(lambda color, gray: color or gray, colors, grays)):
-        levels = [int(level) for level in match.groups()[1:]] if listed and match else []
-        if listed and not 0 <= max(levels, default=-1) <= 255:
-            fail(f"{path}: cannot read {line!r}; write NAME R G B or NAME GRAY, 0 to 255, in every line")
-        name = match[1] if listed else line
-        ignored = name.lower().strip("_") == "ignore"
-        labels.append(IGNORED if ignored else len(names))
-        names += [] if ignored else [name]
-        used += [tuple(levels * 3)[:3]] if listed else []
-    if not 2 <= len(names) < ILLEGAL:
-        fail(f"{path}: it lists {len(names)} classes; 2 to {ILLEGAL - 1} are possible")
-    if len(set(names)) < len(names) or len(set(used)) < len(used):
+    differ = all(entries) and len({entry[1] for entry in entries}) == len(entries)
+    names, colors = lines, []
+    if differ or any(entry and entry[3] for entry in entries):  # all lines have a gray value or a color
+        for line, entry in zip(lines, entries):
+            if not entry or max(map(int, entry.groups("0")[1:])) > 255:
+                fail(f"{path}: cannot read {line!r}; write NAME R G B or NAME GRAY, 0 to 255, in every line")
+        names = [entry[1] for entry in entries]
+        colors = [tuple(map(int, entry.groups(entry[2])[1:])) for entry in entries]
+    classes = tuple(name for name in names if name.lower().strip("_") != "ignore")
+    if not 2 <= len(classes) < ILLEGAL:
+        fail(f"{path}: it lists {len(classes)} classes; 2 to {ILLEGAL - 1} are possible")
+    if len(set(classes)) < len(classes) or len(set(colors)) < len(colors):
         fail(f"{path}: a class or a color is listed twice")
-    names, values = tuple(names), dict(enumerate(labels))
-    if not listed:
-        return DataSet(names, (), values=values)
-    colors, modes = dict(zip(used, labels)), ("P", "RGB", "RGBA")
-    palette = tuple(color for color, label in colors.items() if label != IGNORED)
-    if all(len(set(color)) == 1 for color in used):
+    labels = [classes.index(name) if name in classes else IGNORED for name in names]
+    values, of_color, modes = dict(enumerate(labels)), dict(zip(colors, labels)), ("P", "RGB", "RGBA")
+    palette = tuple(color for color, label in of_color.items() if label != IGNORED)
+    if colors and all(len(set(color)) == 1 for color in colors):
         # One-channel masks hold gray values (255 is ignored unless listed), and not line numbers.
         values, modes = {}, ("1", "L", "LA", *modes)
-        colors.setdefault((255, 255, 255), IGNORED)
-    return DataSet(names, (), palette, values=values, colors=colors, color_modes=modes)
+        of_color.setdefault((255, 255, 255), IGNORED)
+    return DataSet(classes, (), palette, values=values, colors=of_color, color_modes=modes)
 
 
 def color_table(colors, tolerance):
@@ -423,11 +405,13 @@ def color_table(colors, tolerance):
 class Labeled:
     """Images with masks on disk, by index: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored.
 
-    pixels: the pixels by label [256] over all images and processes, once the masks are checked.
+    palettes: the color of each index in the masks so far, which all masks must share; None if indices are known
+    to mean the same in all masks. pixels: the pixels by label [256] over all images and processes, once the
+    masks are checked.
     """
 
-    def __init__(self, data, pairs, classes):
-        self.data, self.pairs, self.pixels = data, pairs, None
+    def __init__(self, data, pairs, classes, palettes=None):
+        self.data, self.pairs, self.palettes, self.pixels = data, pairs, palettes, None
         # Lookup tables turn whole masks into labels at once.
         values = {k: k for k in range(classes)} if data.values is None else data.values
         self.of_value = np.full(2**16, ILLEGAL, np.uint8)
@@ -441,42 +425,39 @@ class Labeled:
     def name(self, i):
         return self.pairs[i][0]
 
-    def labels(self, i):
-        """Labels of a mask; the number of pixels that belong to no class, now ignored; and for class indices
-        with a palette, the colors of those that occur as numbers [256], else 0. Raises ValueError."""
-        palette_colors, most = np.zeros(256, np.int64), 0
+    def labels(self, i, height, width):
+        """Labels of the mask of an image of this size, the number of pixels that belong to no class and are now
+        ignored, and whether the mask was cropped. Raises ValueError."""
+        most = 0  # largest share of pixels that may belong to no class
         with Image.open(self.pairs[i][1]) as mask:
             colored = self.data.colors and mask.mode in self.data.color_modes
             raw, palette = np.asarray(mask.convert("RGB") if colored else mask), mask.getpalette()
+        fitted = raw[:height, :width] if self.data.crop_masks else raw
+        if fitted.shape[:2] != (height, width):
+            size = f"{mask.width}x{mask.height} (width x height)"
+            raise ValueError(f"it is {size}, but its image is {width}x{height}")
         if colored:  # a few other colors, left by compression or imprecise painting, are ignored
-            labels, most = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]], MOST_IGNORED
+            labels, most = self.of_color[fitted[..., 0], fitted[..., 1], fitted[..., 2]], MOST_IGNORED
         elif raw.ndim != 2 or raw.dtype.kind == "f" or mask.format == "JPEG":
             kind = "it is a JPEG, which changes" if mask.format == "JPEG" else f"it has mode {mask.mode}, not"
             raise ValueError(f"{kind} class indices; for folder:DIR, {LIST_THEM}")
         else:  # negative values and values that are too large take the last entry, which is illegal
-            labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
-            if palette:
-                palette_colors[: len(palette) // 3] = np.reshape(palette, (-1, 3)) @ (65536, 256, 1) + 1
-                palette_colors *= np.bincount(raw.ravel(), minlength=256) > 0
+            labels = self.of_value.take(fitted.astype(np.uint32), mode="clip")
+            compared = palette and self.palettes is not None
+            for k in np.flatnonzero(np.bincount(fitted.ravel())).tolist() if compared else ():
+                color = palette[3 * k : 3 * k + 3]
+                if self.palettes.setdefault(k, color) != color:  # an index of two colors is two classes
+                    other = f"its palette gives the value {k} another color than other masks do"
+                    raise ValueError(f"{other}; {LIST_THEM}")
         wrong = labels == ILLEGAL
         if wrong.mean() > most:
             found = f"{wrong.sum()} pixels ({wrong.mean():.1%}, at most {most:.0%} are ignored)"
-            raise ValueError(f"{found} belong to no class, such as {raw[wrong][0].tolist()}")
-        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum()), palette_colors
-
-    def fit(self, labels, height, width):
-        """Labels, cropped to their image if the data set allows it. Raises ValueError if sizes differ."""
-        if self.data.crop_masks and labels.shape[0] >= height and labels.shape[1] >= width:
-            labels = labels[:height, :width]
-        if labels.shape != (height, width):
-            rows, columns = labels.shape
-            raise ValueError(f"it is {columns}x{rows} (width x height), but its image is {width}x{height}")
-        return labels
+            raise ValueError(f"{found} belong to no class, such as {fitted[wrong][0].tolist()}")
+        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum()), fitted.shape != raw.shape
 
     def check(self, i):
-        """For sums over masks: pixels by label [256]; ignored pixels, whether the mask was cropped, the short
-        side of its image; palette colors: used or not, their values and squares [3 * 256]. Raises ValueError."""
-        labels, ignored, colors = self.labels(i)
+        """For sums over masks: pixels by label [256], ignored pixels, whether the mask was cropped, and the short
+        side of its image. Raises ValueError."""
         try:
             with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
                 width, height = image.size
@@ -484,13 +465,12 @@ class Labeled:
                     width, height = height, width
         except OSError as error:
             raise ValueError(f"its image {self.name(i)} cannot be read: {error}") from error
-        fitted = self.fit(labels, height, width)
-        counts, cropped = np.bincount(fitted.ravel(), minlength=256), fitted.shape != labels.shape
-        return np.array([*counts, ignored, cropped, min(height, width), *(colors > 0), *colors, *colors**2])
+        labels, ignored, cropped = self.labels(i, height, width)
+        return np.array([*np.bincount(labels.ravel(), minlength=256), ignored, cropped, min(height, width)])
 
     def read(self, i):
         image = train.read_image(self.pairs[i][0])
-        return image, torch.from_numpy(self.fit(self.labels(i)[0], *image.shape[1:]).copy())
+        return image, torch.from_numpy(self.labels(i, *image.shape[1:])[0])
 
 
 class DrawnScenes(Labeled):
@@ -510,8 +490,7 @@ class DrawnScenes(Labeled):
 def check_masks(part, rank, world_size, device):
     """Read all masks once, shared among the processes, and set part.pixels -> the other sums of Labeled.check.
     Exits with an error that names invalid masks."""
-    # Every process reads a share of the masks with several threads; the sums are the same in all processes.
-    wrong, nothing = [], np.zeros(256 + 3 + 768, np.int64)
+    wrong, nothing = [], np.zeros(256 + 3, np.int64)
 
     def check(i):
         try:
@@ -520,6 +499,7 @@ def check_masks(part, rank, world_size, device):
             wrong.append(f"{part.pairs[i][1]}: {error}")
             return nothing
 
+    # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     with ThreadPoolExecutor() as pool:
         sums = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
     *sums, found = train.sum_over_processes([*sums.tolist(), len(wrong)], device)
@@ -545,15 +525,15 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         old, new = (", ".join(x[:30]) for x in (classes, names))
         counts = f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}"
         fail(f"{counts}: {old}; {new}; use the same names in the same order")
-    start, parts, sums = time.perf_counter(), [], 0
+    began, parts, sums, palettes = time.perf_counter(), [], 0, {} if name == "folder" else None
     for split in splits:
         pairs = find_pairs(name, folder, split, args.pairs)
         say(f"{split}: {len(pairs)} images, such as {pairs[0][0]} with {pairs[0][1]}")
-        parts.append(Labeled(data, pairs, len(names)))
+        parts.append(Labeled(data, pairs, len(names), palettes))
         sums = sums + check_masks(parts[-1], rank, world_size, device)
-    ignored, cropped, short = sums[:3]
-    pixels, images = sum(part.pixels for part in parts), sum(map(len, parts))
-    say(f"{images} masks checked in {time.perf_counter() - start:.1f} s")
+    (ignored, cropped, short), images = sums, sum(map(len, parts))
+    pixels = sum(part.pixels for part in parts)
+    say(f"{images} masks checked in {time.perf_counter() - began:.1f} s")
     if ignored:
         say(f"note: {ignored} pixels ({ignored / pixels.sum():.2%}) belong to no class and are ignored")
     if cropped:
@@ -562,37 +542,28 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         shrunk = f"from a short side of {short / images:.0f} to {args.base_size} pixels"
         say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
     if name == "folder":
-        known = bool(data.classes or args.classes or classes)
-        problem = problem_of_values(data, dict(zip(splits, parts)), pixels, sums[3:].reshape(3, 256), known)
-        if problem:
-            values = [str(value) for value in np.flatnonzero(pixels)]
-            values[20:] = ["..."] * (len(values) > 20)
-            remedy = f"{LIST_THEM}, or give --classes N for masks with the values 0..N-1"
-            fail(
-                f"--data folder:{folder}: the masks hold the values {', '.join(values)}: {problem}; {remedy}"
-            )
-        names = names if known else names[: np.count_nonzero(pixels[:IGNORED])]
+        inferred = not (data.classes or args.classes or classes)
+        check_values(dict(zip(splits, parts)), pixels, inferred, ignores=not data.colors)
+        names = names[: np.count_nonzero(pixels[:IGNORED])] if inferred else names
     return parts, names, list(data.palette or voc_palette(len(names)))
 
 
-def problem_of_values(data, parts, pixels, palettes, known):
-    """Why the masks of a folder do not seem to hold class indices, or None. pixels: by label, over all parts;
-    palettes: sums of Labeled.check; known: the classes were given, and not taken from the values."""
+def check_values(parts, pixels, inferred, ignores):
+    """Exit with an error if the masks of a folder do not seem to hold class indices. parts: by split; pixels: by
+    label, over all of them; inferred: the classes are the values; ignores: 255 cannot be a class."""
+    used, problem = np.flatnonzero(pixels[:IGNORED]), None
+    gaps = len(used) <= used.max(initial=0)
+    if inferred and (gaps or len(used) > MOST_INFERRED or pixels[IGNORED] > pixels.sum() / 4):
+        problem = f"class indices are 0, 1, 2, ... up to {MOST_INFERRED - 1} without gaps, and 255 (ignored) is rare"
     for split, part in parts.items():
-        # Where 255 is a class, and not ignored, a split would be compared with the wrong numbers.
-        ignored = part.pixels[IGNORED] > 0 and not data.colors
-        if np.count_nonzero(part.pixels[:IGNORED]) < 2 and (ignored or split == "train"):
-            return f"fewer than two classes in {split}" + ", because 255 means ignored" * ignored
-    used, total, squares = palettes
-    if (used * squares != total**2).any():  # an index of constant color has no variance
-        return "the palettes differ from file to file, so that one value has several colors"
-    classes, ignored = np.flatnonzero(pixels[:IGNORED]), pixels[IGNORED] / pixels.sum()
-    if not known and len(classes) > MOST_INFERRED:
-        return f"more than {MOST_INFERRED}, as at gray edges"
-    if not known and len(classes) <= classes[-1]:
-        return "the sequence has gaps"
-    if not known and ignored > 0.25:
-        return f"255, which means ignored, fills {ignored:.0%} of the pixels, as a class would"
+        # Without 255, a small validation split of one class may be right; with it, 255 is probably a class.
+        suspect = split == "train" or (ignores and part.pixels[IGNORED])
+        if suspect and np.count_nonzero(part.pixels[:IGNORED]) < 2:
+            problem = f"fewer than two classes in {split}, where 255 means ignored"
+    if problem:
+        values = ", ".join(map(str, np.flatnonzero(pixels)[:20])) + ", ..." * bool(len(used) > 19)
+        remedy = f"{LIST_THEM}, or give --classes N for masks with the values 0..N-1"
+        fail(f"the masks hold the values {values}: {problem}; {remedy}")
 
 
 def choose_subset(images, fraction, seed):
@@ -960,16 +931,11 @@ def never_predicted(result, classes, pixels=None):
     of `pixels`, the training pixels by label [256], or of the evaluated pixels if these are not known."""
     matrix, kind = result["confusion"], "evaluated" if pixels is None else "training"
     pixels = result["pixels"] if pixels is None else pixels[: len(matrix)]
-    predicted, missed = matrix.sum(0), (matrix.diagonal() == 0) & (matrix.sum(1) > 0)
-    if not missed.any():
-        return ""
+    missed = (matrix.diagonal() == 0) & (matrix.sum(1) > 0)
     order = [k for k in np.argsort(-pixels, kind="stable") if missed[k]]
-    named = [f"{classes[k]} ({pixels[k] / pixels.sum():.1%})" for k in order]
-    named[0] = named[0][:-1] + f" of the {kind} pixels)"
-    title = "never predicted correctly" if predicted[missed].any() else "never predicted"
-    if np.count_nonzero(predicted) == 1:
-        title = f"every pixel is predicted as {classes[predicted.argmax()]}; {title}"
-    return f"{title}: {', '.join(named[:5] + ['...'] * (len(named) > 5))}"
+    named = [f"{classes[k]} {pixels[k] / pixels.sum():.1%}" for k in order]
+    shown = ", ".join(named[:5] + ["..."] * (len(named) > 5))
+    return f"never predicted correctly (share of the {kind} pixels): {shown}" if named else ""
 
 
 def report(result, classes, protocol, table=True, pixels=None):
@@ -1035,10 +1001,9 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, widt
         image, truth = source.read(i)
         predicted = segment(model, image.to(device), args, len(classes))
         photo = Image.fromarray(image.permute(1, 2, 0).numpy())
-        scale = min((width - 4) / photo.width, (height - 4) / photo.height)
-        size = [max(1, round(side * scale)) for side in photo.size]
         for column, picture in enumerate((photo, paint(truth, palette), paint(predicted, palette))):
-            resized = picture.resize(size, Image.BICUBIC if picture is photo else Image.NEAREST)
+            method = Image.BICUBIC if picture is photo else Image.NEAREST
+            resized = ImageOps.contain(picture, (width - 4, height - 4), method)
             sheet.paste(resized, (column * width, 24 + row * height))
         shown += [truth.numpy().ravel(), predicted.ravel()]
     model.train()
@@ -1049,20 +1014,25 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, widt
 # -------------------------------------------------------------------------------------- evaluate and predict
 
 
-def load_segmenter(args):
+def join_processes(args):
+    """Join the other processes and choose the precision -> rank, number of processes, device."""
+    rank, world_size, device = train.init_distributed(args.device)
+    args.precision = args.precision or train.default_precision(device)
+    return rank, world_size, device
+
+
+def load_segmenter(args, device):
     """The model in --checkpoint, in evaluation mode, and the contents of the file."""
     content = loca.read_torch_file(args.checkpoint)
     model = build_model(args, len(content["classes"]))
     model.load_state_dict(content["model"])
-    return model.eval(), content
+    return model.to(device).eval(), content
 
 
 def evaluate_only(args):
     """Evaluate a checkpoint on a split; write results.json and predictions.png."""
-    rank, world_size, device = train.init_distributed(args.device)
-    args.precision = args.precision or train.default_precision(device)
-    model, content = load_segmenter(args)
-    model.to(device)
+    rank, world_size, device = join_processes(args)
+    model, content = load_segmenter(args, device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
     (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, classes)
@@ -1105,7 +1075,8 @@ def name_results(paths, out):
 def predict(args):
     """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices), and
     once classes.txt, which makes the masks valid ones of folder:DIR."""
-    model, content = load_segmenter(args)
+    rank, world_size, device = join_processes(args)
+    model, content = load_segmenter(args, device)
     classes, palette, listing = content["classes"], content["palette"], Path(args.out, "classes.txt")
     results, failed, lines = name_results(args.predict, args.out), 0, class_list(classes, palette).encode()
     for path in (f"{result}_{kind}.png" for result in results for kind in ("mask", "labels", "overlay")):
@@ -1113,10 +1084,7 @@ def predict(args):
             fail(f"--out {args.out}: {path} already exists; give another --out")
     if listing.exists() and listing.read_bytes() != lines:
         fail(f"--out {args.out}: its classes.txt lists other classes; give another --out")
-    # No process writes before all have met here.
-    rank, world_size, device = train.init_distributed(args.device)
-    args.precision = args.precision or train.default_precision(device)
-    model.to(device)
+    train.sum_over_processes([0.0], device)  # no process writes before all have looked
     if rank == 0:
         train.write_file(listing, lambda file: file.write(lines))
     say(f"{listing}: the checkpoint's classes; NAME_labels.png holds their numbers, from 0")
@@ -1150,8 +1118,7 @@ MAY_CHANGE = {  # settings that a resumed run may change
 def main(args):
     """Fine-tune with these settings, resuming from the last checkpoint in --out if there is one."""
     # ---- processes: torchrun's environment, or a single one ----
-    rank, world_size, device = train.init_distributed(args.device)
-    args.precision = args.precision or train.default_precision(device)
+    rank, world_size, device = join_processes(args)
     out = Path(args.out)
 
     # ---- data ----
@@ -1188,9 +1155,7 @@ def main(args):
     if saved and saved["classes"] != classes:
         fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
     if start_step >= total_steps:
-        say(
-            "note: this run is finished, nothing is trained; give a new run another --out, or add --eval-only"
-        )
+        say("note: this run is finished, nothing is trained; use a new --out, or add --eval-only")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
@@ -1207,11 +1172,9 @@ def main(args):
     saved_at = time.monotonic()
 
     # ---- loop ----
-    rounds = math.ceil(args.batch / len(images))  # a batch larger than the data set repeats images
-    epoch = rounds * len(images)
-    keys = train.step_keys(
-        epoch, args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
-    )
+    epoch = math.ceil(args.batch / len(images)) * len(images)  # a large batch repeats images
+    steps, parts = (start_step, total_steps), (rank, world_size, args.accumulate)
+    keys = train.step_keys(epoch, args.batch, args.seed, *steps, *parts)
     batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
     remedies = f"--accumulate {2 * args.accumulate} or, if it was evaluating, a smaller --window"
     with train.explain_out_of_memory(remedies), contextlib.closing(batches), train.catch_signals() as stop:
@@ -1300,7 +1263,13 @@ SMALL_PRESET = {  # goes with train.py --small
     "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
 }  # fmt: skip
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
-OF_MODEL = (*SIZE_KEYS, "encoder", "decoder", "crop", "drop_path", "freeze")  # for these, a checkpoint counts
+PROTOCOL = ("base_size", "crop", "stride", "batch", "lr", "epochs")  # what a data set decides
+OF_MODEL = ("encoder", "decoder", "crop", "class_token", *SIZE_KEYS)  # what a checkpoint decides
+text_that = functools.partial(train.number, str)  # argparse types of text
+existing = text_that(os.path.exists, "an existing file or folder")
+start_of = text_that(lambda x: x in ("none", "timm") or os.path.exists(x), "none, timm or an existing file")
+timm_name = text_that(lambda x: x.startswith("timm:"), "timm:NAME")
+pattern = text_that(lambda x: "*" in x and not os.path.isabs(x), "a quoted pattern below DIR with a star")
 number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 
 
@@ -1311,15 +1280,6 @@ def data_flag(text):
         raise argparse.ArgumentTypeError(f"give NAME:DIR, NAME one of {', '.join(DATASETS)}, not {text!r}")
     if not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"there is no folder {folder}")
-    return text
-
-
-def pattern(text):
-    """argparse type of --pairs."""
-    if "*" not in text or os.path.isabs(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no pattern below DIR with a star; quote it: 'masks/*.png'"
-        )
     return text
 
 
@@ -1342,9 +1302,9 @@ def make_parser():
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: those of --encoder, its default")
+    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: those of --encoder, its default")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, if --init holds both")
-    g.add_argument("--encoder", metavar="timm:NAME", help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
+    g.add_argument("--encoder", metavar="timm:NAME", type=timm_name, help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
     g.add_argument("--decoder", choices=list(DECODERS), help="what maps patch tokens to class logits; default: linear")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
     g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
@@ -1374,35 +1334,46 @@ def make_parser():
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
     g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
-    g.add_argument("--evaluations", type=positive_int, default=10, help="evaluations during a run, evenly spaced; the last one is at the end")
-    g.add_argument("--predict", nargs="+", metavar="PATH", help="images or folders to segment with --checkpoint, into --out")
+    g.add_argument("--evaluations", type=positive_int, help="evaluations during a run, evenly spaced, the last one at the end; default: 10, or 2 in presets")
+    g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out")
     g = train.add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
     # fmt: on
     return parser
 
 
-def choose_preset(given, name):
+def fill(args, values):
+    """Set what no flag or earlier source has set."""
+    for key, value in values.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+
+
+def choose_preset(args):
     """The defaults of a run: those of the data set, of the drawn scenes or of --small."""
-    data = DATASETS.get(name)
-    keys = ("base_size", "crop", "stride", "batch", "lr", "epochs")
-    preset = {"optimizer": "sgd", "init": "none", "decoder": "linear", "out": f"runs/finetune_{name}"}
-    preset |= {key: getattr(data, key) for key in keys} if data else SCENES_PRESET
-    preset |= SMALL_PRESET if given.small else {}
-    if given.encoder:
-        preset["init"] = "timm"
+    data = DATASETS.get(args.name)
+    preset = {
+        "optimizer": "sgd",
+        "init": "none",
+        "decoder": "linear",
+        "evaluations": 10,
+        "class_token": False,
+    }
+    preset |= {**loca.SIZES["B/16"], "out": f"runs/finetune_{args.name}"}
+    preset |= {key: getattr(data, key) for key in PROTOCOL} if data else SCENES_PRESET
+    preset |= SMALL_PRESET if args.small else {}
+    if args.encoder:  # timm's model has its own weights and sizes
+        preset = {key: x for key, x in preset.items() if key not in SIZE_KEYS} | {"init": "timm"}
     elif data is None and os.path.exists(SCENES_RUN):
         preset["init"] = SCENES_RUN
     # A preset's learning rate belongs to its optimizer.
-    optimizer = given.optimizer or preset["optimizer"]
+    optimizer = args.optimizer or preset["optimizer"]
     if optimizer != preset["optimizer"]:
         preset["lr"] = ADAMW["lr"] if optimizer == "adamw" else (data or DataSet).lr
     preset["weight_decay"] = ADAMW["weight_decay"] if optimizer == "adamw" else 0.0
-    if given.epochs:
+    if args.epochs:
         preset["steps"] = None
-    if given.model or given.encoder or (given.init or preset["init"]) != "none":  # these decide the sizes
-        preset = {key: value for key, value in preset.items() if key not in SIZE_KEYS}
-    return preset
+    return preset | {key: [preset[key]] * 2 for key in ("crop", "stride")}
 
 
 def settings_of_checkpoint(path, parser):
@@ -1419,9 +1390,9 @@ def settings_of_checkpoint(path, parser):
 
 
 def encoder_sizes(args):
-    """The sizes of a new encoder: from the flags, --model, and the run folder's checkpoint, the timm model, the
-    weights of --init or B/16, in this order. Exits with an error if a file cannot be read."""
-    last, sizes = Path(args.out, "last.pt"), loca.SIZES["B/16"]
+    """The sizes of a new encoder: those of the run folder's checkpoint, of the timm model, or of the weights of
+    --init; none if it starts from scratch. Exits with an error if a file cannot be read."""
+    last, found = Path(args.out, "last.pt"), {}
     source = (
         f"--encoder {args.encoder}"
         if args.encoder
@@ -1436,93 +1407,83 @@ def encoder_sizes(args):
                 model = timm.create_model(args.encoder.removeprefix("timm:"))
             if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
                 raise ValueError("it must be one of timm's VisionTransformer or Eva models")
-            sizes = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
+            found = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
         elif os.path.exists(last):  # its weights replace those of --init
-            sizes = loca.read_torch_file(last)["settings"]
+            found = loca.read_torch_file(last)["settings"]
         elif args.init != "none":
-            sizes = loca.load_weights(args.init, args.branch).sizes
+            found = loca.load_weights(args.init, args.branch).sizes
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{source}: {error}")
     except (KeyError, TypeError):
         fail(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
-    given = {key: getattr(args, key) for key in SIZE_KEYS if getattr(args, key) is not None}
-    named = loca.SIZES.get(args.model, {})
     # If the weights have a class token, the encoder keeps it; the decoder never sees it.
-    keys = dict.fromkeys((*SIZE_KEYS, "class_token"))
-    return {key: {"class_token": False, **sizes, **named, **given}.get(key) for key in keys}
+    return {key: found.get(key) for key in (*SIZE_KEYS, "class_token")}
 
 
-def settle_windows(args, usual, parser):
-    """Set crop, window and stride to [height, width]: as given, or the usual ones adapted to the patch size."""
-    patch = args.patch_size
+def settle_windows(args, preset, parser):
+    """Set crop, window and stride to [height, width]: as given, or the preset's, adapted to the patch size."""
+    patch, usual = args.patch_size, preset.get("window", preset["crop"])
     for flag in ("crop", "window", "stride"):
         sides = getattr(args, flag)
         if sides and len(sides) > 2:
             parser.error(f"--{flag} {' '.join(map(str, sides))}: give a side, or height and width")
         setattr(args, flag, sides and (sides * 2)[:2])  # one side is both height and width
-    args.crop = args.crop or [math.ceil(side / patch) * patch for side in usual["window"]]
-    args.window = args.window or args.crop
+    fill(args, {"crop": [math.ceil(side / patch) * patch for side in preset["crop"]]})
+    fill(args, {"window": preset.get("window", args.crop)})
     for flag in ("crop", "window"):
         sides = getattr(args, flag)
         nearest = [max(1, round(side / patch)) * patch for side in sides]
         if sides != nearest:
             old, new = (" ".join(map(str, x)) for x in (sides, nearest))
             parser.error(f"--{flag} {old} is not a multiple of the patch size {patch}: try --{flag} {new}")
-    if args.stride is None:
-        sides = zip(usual["stride"], args.window, usual["window"])
-        args.stride = [max(1, step * window // old) for step, window, old in sides]
+    steps = zip(preset["stride"], args.window, usual)
+    fill(args, {"stride": [max(1, step * window // old) for step, window, old in steps]})
     if any(step > side for step, side in zip(args.stride, args.window)):
         parser.error("--stride {} {} must not exceed the window {} {}".format(*args.stride, *args.window))
     args.image_size = args.crop  # loca.load_vit finds it in the settings of a checkpoint
 
 
 def parse_args(arguments=None):
-    """The command line -> settings, complete and checked. Those not given come from the preset of the data set or
-    of --small, from the weights, or from the checkpoint of --eval-only and --predict."""
+    """The command line -> settings, complete and checked. What no flag sets comes from the checkpoint of
+    --eval-only and --predict or from the weights, and then from the preset of the data set or of --small."""
     parser = make_parser()
-    given = parser.parse_args(arguments)
-    training = not (given.eval_only or given.predict)
-    name, _, folder = (given.data or "scenes:").partition(":")
-    preset = choose_preset(given, name)
-    usual = {"window": [preset.pop("crop")] * 2, "stride": [preset.pop("stride")] * 2}
-    if training and given.checkpoint:
+    args = parser.parse_args(arguments)
+    training = not (args.eval_only or args.predict)
+    args.name, _, folder = (args.data or "scenes:").partition(":")
+    args.folder = folder or None
+    preset = choose_preset(args)
+    if training and args.checkpoint:
         parser.error("--checkpoint works only with --eval-only or --predict; use --init for initial weights")
-    if not training:
-        path = given.checkpoint or (given.eval_only and str(Path(given.out or preset["out"], "best.pt")))
-        saved = {"decoder": "linear", **settings_of_checkpoint(path, parser)}
-        if given.data is None:
-            name, folder, preset["pairs"] = saved["name"], saved["folder"], saved.get("pairs")
-        if given.eval_only and folder and not os.path.isdir(folder):
-            parser.error(f"the checkpoint's data folder {folder} does not exist; give --data NAME:DIR")
+    if training:
+        fill(args, {key: preset[key] for key in ("init", "out")})
+        fill(args, loca.SIZES.get(args.model, {}))
+        fill(args, encoder_sizes(args))
+    else:
+        if args.eval_only:
+            fill(args, {"checkpoint": str(Path(args.out or preset["out"], "best.pt"))})
+        saved = {"decoder": "linear", **settings_of_checkpoint(args.checkpoint, parser)}
+        if args.data is None:
+            args.name, args.folder = saved["name"], saved["folder"]
+            fill(args, {"pairs": saved.get("pairs")})
+        if args.eval_only and args.folder and not os.path.isdir(args.folder):
+            parser.error(f"the checkpoint's data folder {args.folder} does not exist; give --data NAME:DIR")
         for key in ("model", "encoder", "decoder", "crop", *SIZE_KEYS):
-            if getattr(given, key) not in (None, saved[key]):
+            if getattr(args, key) not in (None, saved[key]):
                 parser.error(f"{train.flag(key)}: the checkpoint determines the model; remove this flag")
-        if name == saved["name"]:  # the protocol of another data set is its own
-            usual = {key: saved[key] for key in usual}
-            preset |= {"base_size": saved["base_size"], "window": saved["window"]}
-        out = "predictions" if given.predict else str(Path(path).parent)
-        preset |= {key: saved[key] for key in OF_MODEL} | {"out": out, "checkpoint": path, "workers": 2}
-    if (given.classes or given.pairs) and name != "folder":
+        fill(args, {key: saved[key] for key in OF_MODEL})
+        if args.name == saved["name"]:  # the protocol of another data set is its own
+            preset |= {key: saved[key] for key in ("base_size", "window", "stride")}
+        out = "predictions" if args.predict else str(Path(args.checkpoint).parent)
+        preset |= {"out": out, "workers": 2}
+    if (args.classes or args.pairs) and args.name != "folder":
         parser.error("--classes and --pairs work only with --data folder:DIR")
-    parser.set_defaults(**preset)
-    args = parser.parse_args(arguments, argparse.Namespace(name=name, folder=folder or None))
-    if args.encoder and not args.encoder.startswith("timm:"):
-        parser.error(f"--encoder {args.encoder}: give timm:NAME")
+    fill(args, {key: value for key, value in preset.items() if key not in ("crop", "window", "stride")})
+    settle_windows(args, preset, parser)
     if training:
         train.settle_batch(args, parser)
-        if args.init not in ("none", "timm") and not os.path.exists(args.init):
-            parser.error(f"--init {args.init}: no such file; 'none' starts from scratch")
-        vars(args).update(encoder_sizes(args))
-    else:
-        args.class_token = saved["class_token"]
-    settle_windows(args, usual, parser)
-    if args.split == "test" and (name not in DATASETS or len(DATASETS[name].splits) < 3):
-        parser.error(f"--split test: {name} has no test split with masks")
-    if args.split != "val" and not args.eval_only:
-        parser.error(f"--split {args.split}: training is evaluated on val; add --eval-only")
-    for path in args.predict or ():
-        if not os.path.exists(path):
-            parser.error(f"--predict {path}: no such file or folder")
+    data = DATASETS.get(args.name)
+    if args.split == "test" and not (args.eval_only and data and len(data.splits) == 3):
+        parser.error("--split test needs --eval-only and a data set that has test images with masks")
     return args
 
 

@@ -47,12 +47,11 @@ def fail(text):
 
 
 def import_optional(name):
-    """Import an optional package. Raises an ImportError that gives the command to install it."""
+    """Import an optional package. Exits with the command to install it if it is missing."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise ImportError(f"this needs the package {package}: pip install {package}") from error
+    except ImportError:
+        fail(f"this needs the package {name}: pip install {name}")
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -381,8 +380,8 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
 
 LOADER_ERRORS = {  # a part of an error in a loader process -> what to do
     "in a row cannot be read": "repair them, or remove them from the folder",
-    "shared memory": "use --workers 0; in Docker, --shm-size=16g or --ipc=host",
-    r"\(pid|EOFError|Connection": "if memory ran out, use fewer --workers",
+    "shared memory": "enlarge /dev/shm (in Docker: --shm-size=16g or --ipc=host) or use --workers 0",
+    r"\(pid|EOFError|Connection": "a loader worker died; if memory ran out, use fewer --workers",
 }
 
 
@@ -629,17 +628,16 @@ def init_encoder(encoder, path, branch):
 def init_head(head, weights, prefix):
     """Load the projection head or the predictor if the weights hold all of it -> what was done, in words."""
     own = head.state_dict()
-    state = {name: weights[prefix + name] for name in own if prefix + name in weights}
-    fresh = sorted(own.keys() - state.keys())
+    fits = {name: weights[prefix + name] for name in own if prefix + name in weights}
+    fits = {name: x for name, x in fits.items() if x.shape == own[name].shape}
+    fresh = sorted(own.keys() - fits.keys())
     # The files that the authors offer may lack the predictor's last norm.
     if any(not name.startswith("norm.") for name in fresh):
-        return "starts from scratch: it is not, or not completely, in the file"
-    if any(state[name].shape != own[name].shape for name in state):
-        return "starts from scratch: its sizes in the file differ"
+        return "starts from scratch: it is not complete, or has other sizes, in the file"
     # The head in loca_vbase_imnet1k has shrunk to about 1e-30: it would never learn again.
-    if any(x.abs().max() < 1e-12 for x in state.values() if x.ndim > 1):
+    if any(x.abs().max() < 1e-12 for x in fits.values() if x.ndim > 1):
         return "starts from scratch: it is zero in the file"
-    head.load_state_dict({**own, **state})
+    head.load_state_dict({**own, **fits})
     return "loaded" + (f", but {', '.join(fresh)} starts from scratch" if fresh else "")
 
 
@@ -847,9 +845,8 @@ def catch_signals():
 
     handlers = {}
     with contextlib.suppress(ValueError):  # not the main thread
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, ask)
+        caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        handlers = {number: signal.signal(number, ask) for number in caught}
     try:
         yield stop
     finally:
@@ -932,10 +929,7 @@ class Log:
                 warn_once(f"{self.path}: damaged lines are dropped")
         write_file(self.path, lambda file: file.writelines(kept))
         if tensorboard:
-            try:
-                import_optional("tensorboard")
-            except ImportError as error:
-                fail(f"--tensorboard: {error}")
+            import_optional("tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder, purge_step=step + 1)
@@ -1079,10 +1073,10 @@ def chance_levels(model):
     return levels
 
 
-def terms(record, names, chances):
-    """The named entries of a record, each beside its chance level if it has one, as text."""
+def terms(record, chances):
+    """The entries of a record, each beside its chance level if it has one, as text."""
     chance = {name: f" (chance {level:.3g})" for name, level in chances.items()}
-    return " | ".join(f"{name} {record[name]:.3g}{chance.get(name, '')}" for name in names)
+    return " | ".join(f"{k} {x:.3g}{chance.get(k.removeprefix('val_'), '')}" for k, x in record.items())
 
 
 def warnings_of(record, done, total_steps, chances):
@@ -1188,8 +1182,9 @@ def main(args, images=None):
 
     # ---- student, teacher, optimizer ----
     seed_all(args.seed)
-    model = build_model(args).to(device)
-    teacher = loca.make_teacher(model) if model.needs_teacher else None
+    with explain_out_of_memory("a smaller --model, or on a device that nobody else uses"):
+        model = build_model(args).to(device)
+        teacher = loca.make_teacher(model) if model.needs_teacher else None
     if args.init:
         init_from(args.init, model, teacher)
     optimizer = OPTIMIZERS[args.optimizer](weight_decay_groups(model, args.weight_decay), lr=peak_lr)
@@ -1269,25 +1264,19 @@ def main(args, images=None):
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             record |= {"lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory(device)}
             check_finite(record, done)
-            stopping = total([float(stop.signal is not None)], device)[0] > 0
+            stopping = done < total_steps and total([float(stop.signal is not None)], device)[0] > 0
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
             say(
-                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {terms(record, losses, chances)}"
-                f" | lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for data "
-                f"{record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | "
-                f"{timedelta(seconds=round(seconds_left))} left"
+                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | "
+                f"{terms({name: record[name] for name in losses}, chances)} | lr {record['lr']:.1e} | "
+                f"{record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
+                f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(seconds_left))} left"
             )
-            if evaluate_now and mine and not (stopping and done < total_steps):
+            if evaluate_now and mine and not stopping:
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
-                    record |= evaluate(model, teacher, held_out, args, world_size, device, mine)
-                accuracy = record["val_position_accuracy"]
-                say(
-                    f"held out: position accuracy {accuracy:.2%} (chance {chances['position_accuracy']:.2%}), "
-                    f"{record['val_position_distance']:.2f} patches off (a random guess: "
-                    f"{chances['position_distance']:.2f}), loss {record['val_position_loss']:.3f} | "
-                    f"features: spread {record['feature_std']:.2f} of 1, effective rank "
-                    f"{record['effective_rank']:.0f} of {model.encoder.dim}"
-                )
+                    figures = evaluate(model, teacher, held_out, args, world_size, device, mine)
+                record, accuracy = record | figures, figures["val_position_accuracy"]
+                say(f"held out | {terms(figures, chances)}")
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 for text in warnings_of(record, done, total_steps, chances):
@@ -1301,7 +1290,7 @@ def main(args, images=None):
                     encoder = (teacher or model).encoder.state_dict()
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
-            if stopping and done < total_steps:
+            if stopping:
                 say(f"asked to stop: saved at step {done}; the same command resumes from there")
                 end_processes()  # waits until the first one has saved
                 sys.exit(EXIT_STOPPED)

@@ -1125,7 +1125,7 @@ def predict(args):
             image = train.read_image(photo)
         except Exception as error:  # a damaged file can make a decoder raise anything
             failed += 1
-            train.show(f"warning: cannot read {photo}: {error}", sys.stderr)
+            train.warn_once(f"cannot read {photo}: {error}")
             continue
         labels = segment(model, image.to(device), args, len(classes))
         mask = paint(labels, palette)

@@ -1345,7 +1345,7 @@ def test_help_names_every_flag_once_and_shows_defaults(script):
 IMPOSSIBLE = [  # one or two of each kind
     (train, "--image-size 100", "--image-size 100 is not a multiple of the patch size 8: try 96"),
     (train, "--batch 5 --accumulate 2", "--batch 5 is not a multiple"), (train, "--heads 5", "--heads"),
-    (train, "--prototypes 0", "--feature-weight 0"), (train, "--seed x", "invalid int"), (train, "--init no/file", "no/file"),
+    (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--seed x", "invalid int"), (train, "--init no/file", "no/file"),
     (train, "--position-weight 0 --feature-weight 0", "nothing"), (train, "--large-area 0.5 0.2", "--large-area"),
     (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "no folder /nowhere"),
     (finetune_seg, "--crop 100", "--crop 100 100 is not a multiple of the patch size 8: try --crop 96 96"),

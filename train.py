@@ -802,8 +802,7 @@ def explain_out_of_memory(remedies):
     try:
         yield
     except RuntimeError as error:
-        known = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))  # GPU, CPU, cuBLAS
-        if not known and not isinstance(error, torch.OutOfMemoryError):
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):  # GPU, CPU, cuBLAS
             raise
         fail(f"out of memory; the last checkpoint is untouched: run the same command with {remedies}")
 
@@ -1405,7 +1404,7 @@ def make_parser():
     g.add_argument("--mlp-dim", type=positive_int, help="hidden width of a block's MLP")
     g.add_argument("--position-std", type=positive_float, help="standard deviation of the initial position embedding; default: width ** -0.5; 1 learns positions sooner")
     g.add_argument("--drop-path", type=below_1, default=0.1, help="stochastic depth rate of the last block")
-    g.add_argument("--prototypes", type=int_or_0, default=4096, help="clusters of the feature loss; fewer for small data")
+    g.add_argument("--prototypes", type=positive_int, default=4096, help="clusters of the feature loss; fewer for small data")
     g.add_argument("--head-hidden", type=positive_int, default=2048, help="hidden width of the projection head")
     g.add_argument("--bottleneck", type=positive_int, default=256, help="width of the features that are compared with prototypes")
     g.add_argument("--masking-ratio", type=below_1, default=0.8, help="eta, the share of reference tokens that are hidden from the queries")
@@ -1481,11 +1480,8 @@ def parse_args(arguments=None, own_images=False):
     for name in ("large_area", "focal_area"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             parser.error(f"{flag(name)}: the first share must not exceed the second")
-    one_loss = args.single_image or not args.feature_weight
-    if not args.position_weight and one_loss:
+    if not args.position_weight and (args.single_image or not args.feature_weight):
         parser.error("--position-weight 0 without the feature loss: nothing is left to optimize")
-    if not args.prototypes and not one_loss:
-        parser.error("--prototypes 0: the feature loss needs prototypes; --feature-weight 0 turns it off")
     try:
         with torch.device("meta"):
             build_model(args)

@@ -475,11 +475,8 @@ def test_who_encodes_the_reference_and_whether_queries_get_positions():
     alone, queries = tiny(0.0, feature_weight=0), views["focal"].flatten(0, 1)
     assert not alone.needs_teacher and alone.head is None and tiny().needs_teacher
     context = alone.encoder(views["reference"], keep=visible)
-    tokens = [
-        alone.encoder(views["query"], keep=keep, position=False),
-        alone.encoder(queries, position=False),
-    ]
-    tokens[1] = tokens[1].unflatten(0, (2, 3)).flatten(1, 2)
+    focal = alone.encoder(queries, position=False).unflatten(0, (2, 3)).flatten(1, 2)
+    tokens = [alone.encoder(views["query"], keep=keep, position=False), focal]
     targets = torch.cat([views["query_targets"][:, keep], views["focal_targets"].flatten(1)], 1)
     loss, _ = loca.position_loss(alone.predictor(torch.cat(tokens, 1), context), targets)
     losses = alone(views, None, visible, keep)
@@ -541,10 +538,8 @@ def write_flax(path, offered=False, change=dict):
     flat = {branch: change(draw_published(r, published_shapes())) for branch in ("student", "teacher")}
     if offered:  # and an optimizer whose moments are named like a teacher's weights
         state |= {"optimizer": {"state": {"step": step}}, "metadata": {}, "accum_train_time": 1.5}
-        flat["optimizer"], trees = (
-            {k: 0 * x for k, x in flat["teacher"].items()},
-            (*trees, "optimizer/target"),
-        )
+        flat["optimizer"] = {name: 0 * x for name, x in flat["teacher"].items()}
+        trees += ("optimizer/target",)
     for tree, parameters in zip(trees, flat.values()):
         for name, value in parameters.items():
             top, _, rest = name.partition("/")
@@ -568,9 +563,8 @@ def without(*parts):
 
 
 def flat_positions(flat):
-    return flat | {
-        "ToTokenSequence_0/posembed_input": flat["ToTokenSequence_0/posembed_input"].reshape(1, -1, 32)
-    }
+    name = "ToTokenSequence_0/posembed_input"
+    return flat | {name: flat[name].reshape(1, -1, 32)}
 
 
 HEADS = ("cross_attention", "final_norm", "position_predictor", "projection_head")
@@ -750,10 +744,8 @@ class Program(nn.Module):
 def test_files_of_other_kinds_are_named_and_folders_hold_one_file(tmp_path, capsys):
     np.savez(tmp_path / "augreg.npz", weight=np.ones(3))
     torch.jit.script(Program()).save(tmp_path / "program.pt")
-    for name, said in {
-        "augreg.npz": "NumPy archive .*--encoder timm:NAME",
-        "program.pt": "TorchScript .*state dict",
-    }.items():
+    kinds = {"augreg.npz": "NumPy archive .*--encoder timm:NAME", "program.pt": "TorchScript .*state dict"}
+    for name, said in kinds.items():
         with pytest.raises(ValueError, match=said):
             loca.load_weights(tmp_path / name)
     with pytest.raises(ValueError, match="it is a folder; give the file"):
@@ -761,12 +753,9 @@ def test_files_of_other_kinds_are_named_and_folders_hold_one_file(tmp_path, caps
     state = foreign_vit().state_dict()
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert torch.equal(loca.load_weights(tmp_path)["encoder.norm.bias"], state["norm.bias"])
-    result = subprocess.run(
-        [sys.executable, loca.__file__, tmp_path], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.splitlines()[0].startswith("cls_token (1, 1, 24)") and len(
-        result.stdout.splitlines()
-    ) == len(state)
+    command = [sys.executable, loca.__file__, tmp_path]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0].startswith("cls_token (1, 1, 24)") and len(lines) == len(state)
 
 
 def test_packages_that_are_not_there_are_named(tmp_path, monkeypatch):
@@ -1203,10 +1192,8 @@ def slow_operation(x, matrix, shift, of_mean):
 
 def test_colors_are_four_operations_on_each_view_in_its_own_order(device):
     torch.manual_seed(0)
-    views, draws = (
-        torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8),
-        torch.rand(11, 300, device=device),
-    )
+    views = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
+    draws = torch.rand(11, 300, device=device)
     draws[9], c = 0.9, train.constants(device)  # none is gray
     colored = train.change_colors(views.to(device), draws, {}, c).cpu()
     drawn = train.jitter_steps(c["low"][:, None] + (c["high"] - c["low"])[:, None] * draws, c)

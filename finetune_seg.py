@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 
 import loca
 import train
-from train import fail, float_or_0, int_or_0, positive_float, positive_int, say, share, share_or_0
+from train import below_1, fail, float_or_0, int_or_0, positive_float, positive_int, say, up_to_1
 
 IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
 # Names of {split}.
@@ -502,7 +502,7 @@ def check_masks(part, rank, world_size, device):
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     with ThreadPoolExecutor() as pool:
         sums = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
-    *sums, found = train.sum_over_processes([*sums.tolist(), len(wrong)], device)
+    *sums, found = train.total([*sums.tolist(), len(wrong)], device)
     if found:
         fail(f"{found} masks are invalid, such as {min(wrong, default='one that another process names')}")
     part.pixels = np.array(sums[:256])
@@ -900,7 +900,7 @@ def evaluate(model, source, args, classes, rank, world_size, device):
         allowed = probabilities.masked_fill(present[i][:, None, None] == 0, -1.0)
         matrices[1] += confusion(truth, allowed.argmax(0), classes)
     model.train()
-    sums = [np.array(train.sum_over_processes(x, device)) for x in (matrices, confidence, present)]
+    sums = [np.array(train.total(x, device)) for x in (matrices, confidence, present)]
     matrices, confidence, present = sums[0], sums[1], sums[2] > 0
     precision = [average_precision(confidence[:, k], present[:, k]) for k in np.flatnonzero(present.any(0))]
     return {
@@ -1093,7 +1093,7 @@ def predict(args):
             image = train.read_image(photo)
         except Exception as error:  # a damaged file can make a decoder raise anything
             failed += 1
-            train.show(f"warning: cannot read {photo}: {error}", sys.stderr)
+            train.warn_once(f"cannot read {photo}: {error}")
             continue
         labels = segment(model, image.to(device), args, len(classes))
         mask = paint(labels, palette)
@@ -1102,7 +1102,7 @@ def predict(args):
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
         train.show(f"{photo} -> {result}_mask.png, _overlay.png, _labels.png")
-    if train.sum_over_processes([float(failed)], device)[0] == len(results):
+    if train.total([float(failed)], device)[0] == len(results):
         fail("--predict: none of the images could be read")
     train.end_processes()
 
@@ -1126,7 +1126,7 @@ def main(args):
     # --fraction keeps part of the training images; their names identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
-    identity = train.identify(images, val_images, rank, world_size, device)
+    identity = train.identify(images, val_images, world_size)
     total_steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
 
     # ---- model and optimizer ----
@@ -1148,9 +1148,7 @@ def main(args):
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
     defaults = vars(make_parser().parse_args([]))
-    saved = train.load_checkpoint(
-        out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size, device
-    )
+    saved = train.load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     if saved and saved["classes"] != classes:
         fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
@@ -1205,8 +1203,8 @@ def main(args):
             if not (evaluate_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
-            train.check_finite(record, done, device)
-            stopping = train.sum_over_processes([float(stop.signal is not None)], device)[0] > 0
+            train.check_finite(record, done)
+            stopping = train.total([float(stop.signal is not None)], device)[0] > 0
             rate = max(group["lr"] for group in optimizer.param_groups)
             record |= {"lr": rate, "memory_gib": train.peak_memory(device)}
             say(
@@ -1238,8 +1236,7 @@ def main(args):
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
                 say(f"asked to stop: saved at step {done}; the same command resumes from there")
-                train.sum_over_processes([0.0], device)  # wait until the first process has saved
-                train.end_processes()
+                train.end_processes()  # waits until the first one has saved
                 sys.exit(train.EXIT_STOPPED)
 
     # ---- end ----
@@ -1286,7 +1283,7 @@ def data_flag(text):
 def fraction(text):
     """argparse type of a share, such as 1/32 or 0.25."""
     part, _, whole = text.partition("/")
-    return share(float(part) / positive_int(whole or 1))
+    return up_to_1(float(part) / positive_int(whole or 1))
 
 
 def make_parser():
@@ -1313,7 +1310,7 @@ def make_parser():
     g.add_argument("--depth", type=positive_int, help="number of blocks")
     g.add_argument("--heads", type=positive_int, help="attention heads, if the file does not specify them")
     g.add_argument("--mlp-dim", type=positive_int, help="hidden width of a block's MLP")
-    g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth rate of the last block")
+    g.add_argument("--drop-path", type=below_1, default=0.1, help="stochastic depth rate of the last block")
     g = parser.add_argument_group("sizes (default: the data set's)")
     g.add_argument("--base-size", type=int_or_0, help="short side that images are resized to, pixels; training scales it by 0.5-2; 0: each image's own")
     g.add_argument("--crop", type=positive_int, nargs="+", metavar="N", help="training crop, pixels: side, or height and width")
@@ -1327,7 +1324,7 @@ def make_parser():
     g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: sgd, as in Segmenter; adamw is easier on small data")
     g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
     g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
-    g.add_argument("--layer-decay", type=share, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
+    g.add_argument("--layer-decay", type=up_to_1, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
     g.add_argument("--clip", type=float_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from multiprocessing import active_children, resource_tracker
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,12 +47,11 @@ def fail(text):
 
 
 def import_optional(name):
-    """Import an optional package. Raises an ImportError that gives the command to install it."""
+    """Import an optional package. Exits with the command to install it if it is missing."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise ImportError(f"this needs the package {package}: pip install {package}") from error
+    except ImportError:
+        fail(f"this needs the package {name}: pip install {name}")
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -66,8 +65,6 @@ def find_images(folder, flag="--data", skip=None):
     """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes. Skips hidden
     files and folders, and the folder `skip`, which holds results; follows links. Exits with an error if a
     folder is missing or cannot be read, if there are no images, or if there are masks among them."""
-    if not os.path.isdir(folder):
-        fail(f"{flag} {folder}: there is no such folder")
 
     def unreadable(error):
         fail(f"{flag} {folder}: cannot read {error.filename}: {error.strerror}")
@@ -98,14 +95,11 @@ def refuse_masks(folder, flag, names):
         fail(f"{flag} {folder}: {example} is a mask, not a photo; move the masks to another folder")
     places = {Path(os.fsdecode(place)) for place in {os.path.dirname(name) for name in names}}
     places = sorted(places.union(*(place.parents for place in places)))  # all folders that hold images
-    for mask in places:
-        if re.fullmatch(MASKS, mask.name, re.IGNORECASE):
-            beside = [place for place in places if place.parent == mask.parent and place != mask]
-            beside = [place for place in beside if re.fullmatch(PHOTOS, place.name, re.IGNORECASE)]
-            if beside:  # valannot/ goes with val/
-                photos = max(beside, key=lambda place: mask.name.startswith(place.name))
-                way = f"use {flag} {os.path.join(folder, photos)}"
-                fail(f"{flag} {folder}: {mask}/ beside {photos}/ holds masks, not photos; {way}")
+    for mask in [place for place in places if re.fullmatch(MASKS, place.name, re.IGNORECASE)]:
+        beside = [place for place in places if place.parent == mask.parent and place != mask]
+        for photos in [place for place in beside if re.fullmatch(PHOTOS, place.name, re.IGNORECASE)]:
+            way = f"use {flag} {os.path.join(folder, photos)}"
+            fail(f"{flag} {folder}: {mask}/ beside {photos}/ holds masks, not photos; {way}")
 
 
 @functools.cache
@@ -167,23 +161,21 @@ class Images:
         return read_image(self.name(i), self.decode_size)
 
 
-def identify(images, held_out, rank, world_size, device):
+def identify(images, held_out, world_size):
     """Count and hash of the names of the training images, which a resumed run must find again; their folder
     may move. Exits with an error if processes see different images."""
-    hashes = []
+    counts, hashes = f"{len(images)} + {len(held_out)}", []
     for source in (images, held_out):
         if isinstance(source, Images):
             names = source.names.numpy()
         else:
             names = os.fsencode("/".join(os.path.basename(source.name(i)) for i in range(len(source))))
         hashes.append(hashlib.sha256(names).hexdigest()[:8])
-    seen = torch.zeros(world_size, 3, dtype=torch.long)
-    seen[rank] = torch.tensor([len(images), len(held_out), int("".join(hashes), 16) >> 1])
-    seen = sum_over_processes(seen, device)
+    seen = gather((counts, hashes), world_size)
     if any(others != seen[0] for others in seen):
-        counts = ", ".join(f"{trained} + {val}" for trained, val, _ in seen)
+        counts = ", ".join(counts for counts, _ in seen)
         text = f"the processes see different images, {counts} for training + held out"
-        fail_together(f"{text}; all machines need the same files under the same names", device)
+        fail_together(f"{text}; all machines need the same files under the same names")
     return f"{len(images)} images, names {hashes[0]}"
 
 
@@ -386,6 +378,13 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
             yield [(epoch, int(index)) for index in part]
 
 
+LOADER_ERRORS = {  # a part of an error in a loader process -> what to do
+    "in a row cannot be read": "repair them, or remove them from the folder",
+    "shared memory": "enlarge /dev/shm (in Docker: --shm-size=16g or --ipc=host) or use --workers 0",
+    r"\(pid|EOFError|Connection": "a loader worker died; if memory ran out, use fewer --workers",
+}
+
+
 def read_batches(dataset, workers, device, **sampling):
     """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
     batch_size. The workers live as long as the generator. Exits with an error if one of them fails."""
@@ -397,32 +396,25 @@ def read_batches(dataset, workers, device, **sampling):
         **sampling,
     )
     # The main process handles these signals, though terminals and schedulers send them to all processes.
-    # Workers inherit the mask of blocked signals.
+    # Workers inherit the mask of blocked signals, so they must be shut down before this process exits.
     if workers:
         resource_tracker.ensure_running()  # the first loader would start it, which unblocks some of them
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         iterator = iter(loader)
-        # The workers ignore these signals, so they must be shut down before this process exits.
-        shut_down = iterator._shutdown_workers if workers else lambda: None
-        atexit.register(shut_down)
-    except BaseException:  # such as Ctrl-C received by another thread
-        for worker in active_children():
-            worker.kill()
-        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    shut_down = iterator._shutdown_workers if workers else tuple
+    atexit.register(shut_down)
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
-        if "in a row cannot be read" in str(error):  # a worker's error ends with its own message
-            fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
-        if "shared memory" in str(error):
-            fail(
-                "no shared memory left in /dev/shm: use --workers 0; in Docker, --shm-size=16g or --ipc=host"
-            )
-        if isinstance(error, ConnectionError | EOFError) or "(pid" in str(error):
-            fail(f"a loader worker died ({error!r}); if memory ran out, run it again with fewer --workers")
+        reason = (str(error).strip() or repr(error)).splitlines()[
+            -1
+        ]  # a worker's error ends with its own message
+        for known, remedy in LOADER_ERRORS.items():
+            if re.search(known, repr(error)):
+                fail(f"cannot read the images: {reason}; {remedy}")
         raise
     finally:
         atexit.unregister(shut_down)
@@ -618,35 +610,34 @@ def init_encoder(encoder, path, branch):
         unused = loca.load_encoder(encoder, weights)
     except (OSError, ValueError, ImportError) as error:
         fail(f"--init {path}: {error}")
+    notes = [f"{branch} ({weights.prefix.rstrip('.') or 'the only branch'})"]
+    notes.append(f"{len(encoder.state_dict())} tensors loaded")
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
-    token = "class token dropped" if encoder.cls_token is None else "class token kept"
-    notes = [
-        f"{branch} ({weights.prefix.rstrip('.') or 'the only branch'})",
-        f"{len(encoder.state_dict())} tensors loaded",
-        grid != encoder.grid
-        and "position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid),
-        sizes["class_token"] and token,
-        unused and f"not used: {', '.join(unused[:6])}{' ...' * (len(unused) > 6)}",
-        weights.heads_assumed and f"heads assumed: {encoder.heads}; set --heads to change it",
-    ]
-    say(f"--init {path}: {'; '.join(filter(None, notes))}")
+    if grid != encoder.grid:
+        notes.append("position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
+    if sizes["class_token"]:
+        notes.append("class token dropped" if encoder.cls_token is None else "class token kept")
+    if unused:
+        notes.append(f"not used: {', '.join(unused[:6])}{' ...' * (len(unused) > 6)}")
+    if weights.heads_assumed:
+        notes.append(f"heads assumed: {encoder.heads}; set --heads to change it")
+    say(f"--init {path}: {'; '.join(notes)}")
     return weights
 
 
 def init_head(head, weights, prefix):
     """Load the projection head or the predictor if the weights hold all of it -> what was done, in words."""
     own = head.state_dict()
-    state = {name: weights[prefix + name] for name in own if prefix + name in weights}
-    fresh = sorted(own.keys() - state.keys())
+    fits = {name: weights[prefix + name] for name in own if prefix + name in weights}
+    fits = {name: x for name, x in fits.items() if x.shape == own[name].shape}
+    fresh = sorted(own.keys() - fits.keys())
     # The files that the authors offer may lack the predictor's last norm.
     if any(not name.startswith("norm.") for name in fresh):
-        return "starts from scratch: it is not, or not completely, in the file"
-    if any(state[name].shape != own[name].shape for name in state):
-        return "starts from scratch: its sizes in the file differ"
+        return "starts from scratch: it is not complete, or has other sizes, in the file"
     # The head in loca_vbase_imnet1k has shrunk to about 1e-30: it would never learn again.
-    if any(x.abs().max() < 1e-12 for x in state.values() if x.ndim > 1):
+    if any(x.abs().max() < 1e-12 for x in fits.values() if x.ndim > 1):
         return "starts from scratch: it is zero in the file"
-    head.load_state_dict({**own, **state})
+    head.load_state_dict({**own, **fits})
     return "loaded" + (f", but {', '.join(fresh)} starts from scratch" if fresh else "")
 
 
@@ -739,10 +730,9 @@ def init_distributed(name=None):
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and of mpirun
     if "RANK" not in os.environ and any(int(os.environ.get(variable, "1")) > 1 for variable in launchers):
+        command = "srun --ntasks-per-node=1 torchrun ..., as in the README under Pretraining"
         fail(
-            "srun and mpirun start processes that do not know about each other; run torchrun once per node: "
-            "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS "
-            f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 {Path(sys.argv[0]).name} ..."
+            f"srun and mpirun do not connect the processes that they start; run torchrun on each node: {command}"
         )
     if name is None:
         mps = torch.backends.mps.is_available()
@@ -758,9 +748,8 @@ def init_distributed(name=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if world_size > 1 and not dist.is_initialized():
-        store = join_store(rank, world_size)
+        store, on_gpu = join_store(rank, world_size), device.type == "cuda"
         place = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(minutes=10)}
-        on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **place)
     return rank, world_size, device
 
@@ -799,13 +788,11 @@ def say(text):
         show(text)
 
 
-def fail_together(text, device):
+def fail_together(text):
     """Exit in all processes. The first prints the line before any exits: then torchrun ends the others."""
-    if not dist.is_initialized():
-        fail(text)
-    if dist.get_rank() == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         show(f"error: {text}", sys.stderr)
-    sum_over_processes([0.0], device)
+    end_processes()
     sys.exit(1)
 
 
@@ -815,21 +802,29 @@ def explain_out_of_memory(remedies):
     try:
         yield
     except RuntimeError as error:
-        known = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))  # GPU, CPU, cuBLAS
-        if not known and not isinstance(error, torch.OutOfMemoryError):
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):  # GPU, CPU, cuBLAS
             raise
         fail(f"out of memory; the last checkpoint is untouched: run the same command with {remedies}")
 
 
 def end_processes():
-    """Leave the process group, if there is one."""
+    """Wait for all processes, because torchrun ends the others when one exits, and leave their group."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
-def sum_over_processes(values, device):
+def total(values, device):
     """Sum a list or tensor of numbers over all processes -> list of them. The host waits for the device."""
     return loca.sum_over_processes(torch.as_tensor(values, device=device)).tolist()
+
+
+def gather(value, world_size):
+    """The value of each process: a list in the order of the ranks."""
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -849,9 +844,8 @@ def catch_signals():
 
     handlers = {}
     with contextlib.suppress(ValueError):  # not the main thread
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, ask)
+        caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        handlers = {number: signal.signal(number, ask) for number in caught}
     try:
         yield stop
     finally:
@@ -875,17 +869,17 @@ class Meter:
         self.names, self.sums, self.count = (), 0, 0
         self.start, self.waited = time.perf_counter(), 0.0
 
-    def next_batch(self, batches, images):
+    def next_batch(self, batches, epoch):
         """The next batch. Measures the time spent waiting for it, and names each unreadable file once; exits
-        with an error if over 5% of the `images` of this process are unreadable."""
+        with an error if over 5% of the images that this process reads in an `epoch` are unreadable."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
-        for wrong in set(filter(None, batch["unreadable"])) - self.unreadable:
+        for wrong in filter(None, batch["unreadable"]):
+            warn_once(f"cannot read {wrong}; another image replaces it")
             self.unreadable.add(wrong)
-            show(f"warning: cannot read {wrong}; another image replaces it", sys.stderr)
         self.seen += len(batch["unreadable"])
-        if len(self.unreadable) > 0.05 * min(images, max(self.seen, 400)):
+        if len(self.unreadable) > 0.05 * min(epoch, max(self.seen, 400)):
             fail(f"{len(self.unreadable)} images are unreadable so far, over 5%: see the warnings above")
         return batch
 
@@ -894,26 +888,23 @@ class Meter:
         self.names, self.count = tuple(values), self.count + 1
         self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
-    def read(self, images):
-        """Means over processes and micro-batches of `images` images; images per second; share of waiting."""
-        means = sum_over_processes(self.sums / (self.count * self.world_size), self.device)
+    def read(self, micro_batch):
+        """Means over processes and micro-batches, whose size is given; images per second; share of waiting."""
+        means = total(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
-        speed, waiting = self.count * images / seconds, self.waited / seconds
+        speed, waiting = self.count * micro_batch / seconds, self.waited / seconds
         record = dict(zip(self.names, means)) | {"images_per_second": speed, "waiting": waiting}
         self.reset()
         return record
 
 
-def check_finite(record, done, device):
+def check_finite(record, done):
     """Exit in all processes if the loss or its gradient was not finite since the last log line. Nothing has
     been saved since then."""
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-        text = f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last "
-        text += (
-            "checkpoint is untouched: run the same command with a smaller --lr or with --precision float32"
-        )
-        fail_together(text, device)
+        text = f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last checkpoint"
+        fail_together(f"{text} is untouched: run it again with a smaller --lr or with --precision float32")
 
 
 def peak_memory(device):
@@ -928,23 +919,16 @@ class Log:
     by a run that died after its last checkpoint, and damaged lines, left by a power cut."""
 
     def __init__(self, folder, step, tensorboard=False):
-        self.path, self.board = folder / "metrics.jsonl", None
-        lines = self.path.read_bytes().splitlines() if os.path.exists(self.path) else []
-        kept, damaged = [], 0
-        for line in lines:
+        self.path, self.board, kept = folder / "metrics.jsonl", None, []
+        for line in self.path.read_bytes().splitlines() if os.path.exists(self.path) else ():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
-                damaged += 1
-        if damaged:
-            show(f"warning: {self.path}: {damaged} damaged lines are dropped", sys.stderr)
+                warn_once(f"{self.path}: damaged lines are dropped")
         write_file(self.path, lambda file: file.writelines(kept))
         if tensorboard:
-            try:
-                import_optional("tensorboard")
-            except ImportError as error:
-                fail(f"--tensorboard: {error}")
+            import_optional("tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder, purge_step=step + 1)
@@ -989,7 +973,7 @@ def save_checkpoint(path, args, step, modules, **more):
     write_file(path, lambda file: torch.save({**state, "settings": vars(args), "step": step, **more}, file))
 
 
-def load_checkpoint(path, args, may_change, defaults, images, modules, world_size, device):
+def load_checkpoint(path, args, may_change, defaults, images, modules, world_size):
     """Resume: load the states of `modules` from a checkpoint and return its contents, or None if there is no
     such file. Exits with an error if the checkpoint is damaged or belongs to another run; prints which
     settings have changed.
@@ -999,14 +983,13 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
     """
     saved = None
     if os.path.exists(path):
-        # Compare the settings: some may change; changing the others would make it a different run.
         try:
             saved = loca.read_torch_file(path)
             old, new = {**defaults, **saved["settings"]}, {**defaults, **vars(args)}
-        except ValueError as error:
-            fail(f"cannot resume from {path}: {error}; remove it, or use another --out")
-        except (KeyError, TypeError):
-            fail(f"cannot resume from {path}: it is not a checkpoint of this script; use another --out")
+        except (ValueError, KeyError, TypeError) as error:
+            reason = error if isinstance(error, ValueError) else "it is not a checkpoint of this script"
+            fail(f"cannot resume from {path}: {reason}; remove it, or use another --out")
+        # Compare the settings: some may change; changing the others would make it a different run.
         changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
         wrong = [f"{flag(key)} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
         if saved.get("images", images) != images:
@@ -1016,14 +999,11 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
         for key in changed:
             if key in defaults and key != "out":  # others follow from flags
                 say(f"resuming with {flag(key)} {new[key]}, formerly {old[key]}")
-        if {"steps", "epochs"} & set(changed):
-            say("the learning rate now follows the schedule of the new length")
         for name, module in modules.items():
             if module is not None:
                 module.load_state_dict(saved.pop(name))  # frees the memory
         say(f"resuming from {path} at step {saved['step']}")
-    step = saved["step"] if saved else 0
-    if sum_over_processes([step], device)[0] != step * world_size:
+    if len(set(gather(saved and saved["step"], world_size))) > 1:
         fail(f"--out {path.parent}: the processes see different checkpoints; machines must share this folder")
     return saved
 
@@ -1031,35 +1011,32 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
 # ------------------------------------------------------------------------------- held-out metrics and picture
 
 
-def held_out_batches(images, args, device, indices, kept=None):
-    """Yield batches of at most 32 held-out images on the device, with the same views and masks at each
-    evaluation. A reserved epoch number gives views that training never uses. The first evaluation fills the
-    list `kept` with the batches, uint8 on the CPU, and later ones take them from it; not over 500 images."""
-    dataset, kept = Views(images, args), [] if kept is None else kept
-    for k, start in enumerate(range(0, len(indices), 32)):
+def held_out_batches(views, args, device, indices):
+    """Yield batches of at most 32 held-out images, on the CPU as read and on the device as the model gets them,
+    with the same views and masks at each evaluation.
+
+    views: the function that reads Views by key. Its reserved epoch number gives views that training never uses.
+    """
+    for start in range(0, len(indices), 32):
         seed_all(args.seed, start)
-        keys = [(2**31, i) for i in indices[start : start + 32]]
-        batch = kept[k] if k < len(kept) else default_collate([dataset[key] for key in keys])
-        if k == len(kept) and len(indices) <= 500:
-            kept.append(batch)
+        batch = default_collate([views((2**31, i)) for i in indices[start : start + 32]])
         yield batch, to_views(to_device(batch, device), args, random_colors=False)
 
 
 @torch.no_grad()
-def evaluate(model, teacher, images, args, rank, world_size, device, kept=None):
-    """Held-out losses and metrics, and how spread out the features are -> dict of floats. Each process takes
-    the same number of images; stochastic depth is off. `kept`: see held_out_batches."""
+def evaluate(model, teacher, views, args, world_size, device, indices):
+    """Held-out losses and metrics, and how spread out the features are -> dict of floats. Each process gives
+    the `indices` of as many images; stochastic depth is off."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    sums, tokens, count = 0.0, [], len(images) // world_size  # images of each process
-    indices = range(len(images))[rank::world_size][:count]
-    for _, views in held_out_batches(images, args, device, indices, kept):
+    sums, tokens = 0.0, []
+    for _, batch in held_out_batches(views, args, device, indices):
         with autocast(args.precision, device):
-            losses = model(views, teacher)
+            losses = model(batch, teacher)
             # Every fourth token is enough to tell how spread out the features are.
-            tokens.append(model.encoder(views["reference"])[:, ::4].flatten(0, 1).float())
-        sums = sums + len(views["focal"]) * torch.stack([value.float() for value in losses.values()])
+            tokens.append(model.encoder(batch["reference"])[:, ::4].flatten(0, 1).float())
+        sums = sums + len(batch["focal"]) * torch.stack([value.float() for value in losses.values()])
     both.train()
-    means = sum_over_processes(sums / (count * world_size), device)
+    means = total(sums / (len(indices) * world_size), device)
     return {f"val_{name}": mean for name, mean in zip(losses, means)} | feature_spread(torch.cat(tokens))
 
 
@@ -1095,26 +1072,24 @@ def chance_levels(model):
     return levels
 
 
-def terms(record, names, chances):
-    """The named entries of a record, each beside its chance level if it has one, as text."""
-    shown = [f"{name} {record[name]:.3g}" for name in names]
-    chance = [f" (chance {chances[name]:.3g})" if name in chances else "" for name in names]
-    return " | ".join(map("".join, zip(shown, chance)))
+def terms(record, chances):
+    """The entries of a record, each beside its chance level if it has one, as text."""
+    chance = {name: f" (chance {level:.3g})" for name, level in chances.items()}
+    return " | ".join(f"{k} {x:.3g}{chance.get(k.removeprefix('val_'), '')}" for k, x in record.items())
 
 
 def warnings_of(record, done, total_steps, chances):
-    """Yield (kind, text) for metrics that show that a run is not learning; `chances` from chance_levels."""
-    # A run needs some steps before its metrics mean anything.
+    """Yield what in the metrics shows that a run is not learning; `chances` from chance_levels. A run needs some
+    steps before its metrics mean anything."""
     if done > max(200, total_steps // 4):
         for name in chances.keys() & {"position_loss", "cross_entropy"}:
             if record[name] > 0.99 * chances[name]:
-                yield "chance", f"a quarter of the steps are done and {name} is still at chance"
+                yield f"a quarter of the steps are done and {name} is still at chance"
     if done > 200 and "cross_entropy" in chances:
-        used, prototypes = record["prototype_perplexity"], math.exp(chances["cross_entropy"])
-        if used < 0.02 * prototypes:
-            yield "collapse", f"the predictions use {used:.0f} of {prototypes:.0f} prototypes"
+        if record["prototype_perplexity"] < 0.02 * math.exp(chances["cross_entropy"]):
+            yield "the predictions use fewer than 2% of the prototypes"
     if record.get("feature_std", 1) < 0.05 or record.get("effective_rank", 2) < 2:
-        yield "collapse", "the features are nearly the same everywhere"
+        yield "the features are nearly the same everywhere"
 
 
 def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
@@ -1129,9 +1104,8 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
     # The query's box, in pixels of the drawn reference.
     x, w = round((x - left) * side / width), max(1, round(w * side / width))
     y, h = round((y - top) * side / height), max(1, round(h * side / height))
-    outlined, corners = reference.copy(), (max(0, x), max(0, y), min(side, x + w) - 1, min(side, y + h) - 1)
-    if corners[0] <= corners[2] and corners[1] <= corners[3]:  # the views overlap
-        ImageDraw.Draw(outlined).rectangle(corners, outline="red", width=3)
+    outlined = reference.copy()
+    ImageDraw.Draw(outlined).rectangle((x, y, x + w - 1, y + h - 1), outline="red", width=3)
     upright = (ImageOps.mirror(query) if flipped else query).resize((w, h), Image.BICUBIC)
     pictures = [outlined, query]
     for positions in (targets, predicted):
@@ -1149,16 +1123,14 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
 
 
 @torch.no_grad()
-def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
-    """Draw held-out images, evenly spaced, as puzzles, one a row. All patches of the random query are
-    placed."""
+def draw_predictions(model, teacher, views, args, device, indices, side=160):
+    """Draw held-out images as puzzles, one a row. All patches of the random query are placed."""
     both = nn.ModuleList(filter(None, (model, teacher))).eval()
-    indices = np.unique(np.linspace(0, len(images) - 1, rows).astype(int))
-    batch, views = next(held_out_batches(images, args, device, indices.tolist()))
-    tokens = teacher.encoder(views["reference"]) if model.needs_teacher else None  # B,N,D
-    context = model.encode_context(views["reference"], tokens, model.choose_visible(device))
-    views["focal"] = views["focal"][:, :0]
-    queries, targets = model.encode_queries(views, torch.arange(model.positions, device=device))
+    read, batch = next(held_out_batches(views, args, device, indices))
+    tokens = teacher.encoder(batch["reference"]) if model.needs_teacher else None  # B,N,D
+    context = model.encode_context(batch["reference"], tokens, model.choose_visible(device))
+    batch["focal"] = batch["focal"][:, :0]
+    queries, targets = model.encode_queries(batch, torch.arange(model.positions, device=device))
     predicted = model.predictor(queries, context).argmax(-1)  # B,N
     both.train()
 
@@ -1168,9 +1140,9 @@ def draw_predictions(model, teacher, images, args, device, rows=5, side=160):
         place = (k * (side + gap) + 2, 0)
         ImageDraw.Draw(sheet).text(place, title, fill="black", font=ImageFont.load_default(13))
     for i in range(len(targets)):
-        crops = (batch[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
+        crops = (read[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
         pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in crops]
-        boxes, flipped = batch["boxes"][i, :2].tolist(), bool(batch["flips"][i, 1])
+        boxes, flipped = read["boxes"][i, :2].tolist(), bool(read["flips"][i, 1])
         puzzle = draw_puzzle(*pictures, boxes, flipped, targets[i].tolist(), predicted[i].tolist())
         for k, picture in enumerate(puzzle):
             sheet.paste(picture, (k * (side + gap), header + i * (side + gap)))
@@ -1198,7 +1170,7 @@ def main(args, images=None):
 
     # ---- data: which images a step sees depends on (seed, step) alone ----
     train_images, val_images = images or open_images(args)
-    identity = identify(train_images, val_images, rank, world_size, device)
+    identity = identify(train_images, val_images, world_size)
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
         fail(f"{len(train_images)} training images are too few: use --batch {len(train_images)} or less")
@@ -1209,8 +1181,9 @@ def main(args, images=None):
 
     # ---- student, teacher, optimizer ----
     seed_all(args.seed)
-    model = build_model(args).to(device)
-    teacher = loca.make_teacher(model) if model.needs_teacher else None
+    with explain_out_of_memory("a smaller --model, or on a device that nobody else uses"):
+        model = build_model(args).to(device)
+        teacher = loca.make_teacher(model) if model.needs_teacher else None
     if args.init:
         init_from(args.init, model, teacher)
     optimizer = OPTIMIZERS[args.optimizer](weight_decay_groups(model, args.weight_decay), lr=peak_lr)
@@ -1218,9 +1191,7 @@ def main(args, images=None):
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
     defaults = vars(make_parser().parse_args([]))
-    saved = load_checkpoint(
-        out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size, device
-    )
+    saved = load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
     start_step, accuracy = (saved["step"], saved.get("accuracy")) if saved else (0, None)
     if start_step >= total_steps:
         say("note: this run is finished, nothing is trained; give a new run another --out")
@@ -1246,7 +1217,9 @@ def main(args, images=None):
     )
     if args.data and len(train_images) < 20000 and not (args.small or args.init):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
-    warned, saved_at, held_out_views = set(), time.monotonic(), []
+    saved_at = time.monotonic()
+    held_out = functools.lru_cache(500)(Views(val_images, args).__getitem__)  # decoded and cropped only once
+    mine = range(len(val_images))[rank::world_size][: len(val_images) // world_size]  # for this process
 
     # ---- loop ----
     keys = step_keys(
@@ -1289,34 +1262,24 @@ def main(args, images=None):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             record |= {"lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory(device)}
-            check_finite(record, done, device)
-            stopping = sum_over_processes([float(stop.signal is not None)], device)[0] > 0
+            check_finite(record, done)
+            stopping = done < total_steps and total([float(stop.signal is not None)], device)[0] > 0
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
             say(
-                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {terms(record, losses, chances)}"
-                f" | lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for data "
-                f"{record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | "
-                f"{timedelta(seconds=round(seconds_left))} left"
+                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | "
+                f"{terms({name: record[name] for name in losses}, chances)} | lr {record['lr']:.1e} | "
+                f"{record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
+                f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(seconds_left))} left"
             )
-            if evaluate_now and len(val_images) >= world_size and not (stopping and done < total_steps):
+            if evaluate_now and mine and not stopping:
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
-                    record |= evaluate(
-                        model, teacher, val_images, args, rank, world_size, device, held_out_views
-                    )
-                accuracy = record["val_position_accuracy"]
-                say(
-                    f"held out: position accuracy {accuracy:.2%} (chance {chances['position_accuracy']:.2%}), "
-                    f"{record['val_position_distance']:.2f} patches off (a random guess: "
-                    f"{chances['position_distance']:.2f}), loss {record['val_position_loss']:.3f} | "
-                    f"features: spread {record['feature_std']:.2f} of 1, effective rank "
-                    f"{record['effective_rank']:.0f} of {model.encoder.dim}"
-                )
+                    figures = evaluate(model, teacher, held_out, args, world_size, device, mine)
+                record, accuracy = record | figures, figures["val_position_accuracy"]
+                say(f"held out | {terms(figures, chances)}")
                 meter.reset()  # do not count the time of the evaluation
-            for kind, text in warnings_of(record, done, total_steps, chances):
-                if kind not in warned:
-                    warned.add(kind)
-                    say(f"warning: {text}; see Questions in the README")
             if rank == 0:
+                for text in warnings_of(record, done, total_steps, chances):
+                    warn_once(f"{text}; see Questions in the README")
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
                 more = {"images": identity, "accuracy": accuracy}
                 if keep_now:
@@ -1326,11 +1289,9 @@ def main(args, images=None):
                     encoder = (teacher or model).encoder.state_dict()
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
-            if stopping and done < total_steps:
+            if stopping:
                 say(f"asked to stop: saved at step {done}; the same command resumes from there")
-                # Wait until the first process has saved: torchrun ends it when another process exits.
-                sum_over_processes([0.0], device)
-                end_processes()
+                end_processes()  # waits until the first one has saved
                 sys.exit(EXIT_STOPPED)
 
     # ---- end ----
@@ -1338,8 +1299,9 @@ def main(args, images=None):
     files = "last.pt, encoder.pt (timm's names), metrics.jsonl, settings.json"
     if rank == 0 and len(val_images) and not args.single_image:
         files += ", predictions.png"
+        shown = np.unique(np.linspace(0, len(val_images) - 1, 5).astype(int)).tolist()  # evenly spaced
         with torch.compiler.set_stance("force_eager"):
-            picture = draw_predictions(model, teacher, val_images, args, device)
+            picture = draw_predictions(model, teacher, held_out, args, device, shown)
         write_file(out / "predictions.png", lambda file: picture.save(file, "PNG"))
     if accuracy is not None:
         say(f"held-out position accuracy {accuracy:.2%}, {accuracy * model.positions:.1f} times chance")
@@ -1393,8 +1355,8 @@ positive_int = number(int, lambda n: n > 0, "positive")
 int_or_0 = number(int, lambda n: n >= 0, "0 or more")
 positive_float = number(float, lambda x: 0 < x < math.inf, "positive")
 float_or_0 = number(float, lambda x: 0 <= x < math.inf, "0 or more")
-share = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-share_or_0 = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+up_to_1 = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+below_1 = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def add_run_flags(parser):
@@ -1429,8 +1391,8 @@ def make_parser():
     g.add_argument("--focal", type=int_or_0, default=9, help="focal queries per image; fewer is faster")
     g.add_argument("--decode-size", type=int_or_0, default=512, metavar="N", help="decode JPEGs at a half, quarter or eighth, which is faster, if their short side stays at N pixels or more; raise it with --image-size; 0: off")
     g.add_argument("--query-tokens", type=positive_int, help="tokens of the random query that are encoded; default: 5/14 of them")
-    g.add_argument("--large-area", type=share, nargs=2, default=[0.32, 1.0], help="smallest and largest share of the image area that the reference and the random query cover")
-    g.add_argument("--focal-area", type=share, nargs=2, default=[0.05, 0.32], help="smallest and largest share of the image area that a focal query covers")
+    g.add_argument("--large-area", type=up_to_1, nargs=2, default=[0.32, 1.0], help="smallest and largest share of the image area that the reference and the random query cover")
+    g.add_argument("--focal-area", type=up_to_1, nargs=2, default=[0.05, 0.32], help="smallest and largest share of the image area that a focal query covers")
     g.add_argument("--blur", **yes_no, help="blur views as the paper intends; the released code never blurs")
     g = parser.add_argument_group("method")
     g.add_argument("--init", metavar="FILE", help="initial weights: published (flax), from an earlier run, or from any ViT")
@@ -1441,11 +1403,11 @@ def make_parser():
     g.add_argument("--heads", type=positive_int, help="attention heads")
     g.add_argument("--mlp-dim", type=positive_int, help="hidden width of a block's MLP")
     g.add_argument("--position-std", type=positive_float, help="standard deviation of the initial position embedding; default: width ** -0.5; 1 learns positions sooner")
-    g.add_argument("--drop-path", type=share_or_0, default=0.1, help="stochastic depth rate of the last block")
-    g.add_argument("--prototypes", type=int_or_0, default=4096, help="clusters of the feature loss; fewer for small data")
+    g.add_argument("--drop-path", type=below_1, default=0.1, help="stochastic depth rate of the last block")
+    g.add_argument("--prototypes", type=positive_int, default=4096, help="clusters of the feature loss; fewer for small data")
     g.add_argument("--head-hidden", type=positive_int, default=2048, help="hidden width of the projection head")
     g.add_argument("--bottleneck", type=positive_int, default=256, help="width of the features that are compared with prototypes")
-    g.add_argument("--masking-ratio", type=share_or_0, default=0.8, help="eta, the share of reference tokens that are hidden from the queries")
+    g.add_argument("--masking-ratio", type=below_1, default=0.8, help="eta, the share of reference tokens that are hidden from the queries")
     g.add_argument("--masking", default="consecutive", choices=list(loca.MASKING), help="which reference tokens stay visible")
     g.add_argument("--student-temperature", type=positive_float, default=0.1, help="temperature of the student's cluster prediction")
     g.add_argument("--teacher-temperature", type=positive_float, default=0.05, help="temperature of the targets; raise it if they collapse")
@@ -1462,7 +1424,7 @@ def make_parser():
     g.add_argument("--optimizer", default="adamw", choices=list(OPTIMIZERS), help="adamw, as published, needs no tuning of --lr")
     g.add_argument("--weight-decay", type=float_or_0, default=0.1, help="weight decay, for matrices only")
     g.add_argument("--clip", type=float_or_0, default=1.0, help="maximum gradient norm; 0: no clipping")
-    g.add_argument("--momentum", "--teacher-momentum", type=share_or_0, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
+    g.add_argument("--momentum", "--teacher-momentum", type=below_1, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
     g = add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run found there is resumed")
     g.add_argument("--compile", **yes_no, help="torch.compile the colors, the blocks, the predictor and the feature loss: slow start, faster on GPUs; needs a C++ compiler")
@@ -1518,11 +1480,8 @@ def parse_args(arguments=None, own_images=False):
     for name in ("large_area", "focal_area"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             parser.error(f"{flag(name)}: the first share must not exceed the second")
-    one_loss = args.single_image or not args.feature_weight
-    if not args.position_weight and one_loss:
+    if not args.position_weight and (args.single_image or not args.feature_weight):
         parser.error("--position-weight 0 without the feature loss: nothing is left to optimize")
-    if not args.prototypes and not one_loss:
-        parser.error("--prototypes 0: the feature loss needs prototypes; --feature-weight 0 turns it off")
     try:
         with torch.device("meta"):
             build_model(args)

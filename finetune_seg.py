@@ -40,7 +40,7 @@ SPLITS = {"train": "train|training", "val": "val|valid|validation", "test": "tes
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
 MOST_IGNORED = 0.05  # largest share of a mask's pixels with colors that are not listed
 MOST_INFERRED = 64  # largest number of classes that is taken from the values in the masks
-LIST_THEM = "list the classes in DIR/classes.txt, one a line: NAME GRAY or NAME R G B, such as 'object 255'"
+LIST_THEM = "list the classes in DIR/classes.txt, one per line: NAME GRAY or NAME R G B, e.g., 'object 255'"
 VAL_SCENES = 50  # number of drawn scenes for validation
 
 
@@ -244,7 +244,7 @@ def find_files(root, patterns, split):
         for name in glob.glob(wide, root_dir=root):  # never finds hidden files
             path, match = os.path.join(root, name), re.fullmatch(regex, name.replace(os.sep, "/"), re.DOTALL)
             if match and match.groups() in files:
-                fail(f"{path} and {files[match.groups()]}: the same name twice; remove one")
+                fail(f"{path} and {files[match.groups()]} have the same name; remove one")
             if match:
                 files[match.groups()] = path
         found |= files
@@ -306,7 +306,7 @@ def find_pairs(name, folder, split, patterns=None):
         train.warn_once(f"{flag}: no validation split, so every fifth image is held out")
         pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
     if not pairs:
-        fail(f"{flag}: too few images to hold out every fifth for validation")
+        fail(f"{flag}: too few images to hold out one in five for validation")
     return pairs
 
 
@@ -319,7 +319,7 @@ def what_is_there(folder, suggest):
     ]
     text = "; ".join(holds[:6] + ["..."] * (len(holds) > 6)) or "the folder is empty"
     layout = suggest_pairs(folder) if suggest else None
-    return f"{text}; this fits: --pairs {shlex.join(layout)}" if layout else text
+    return f"{text}; try --pairs {shlex.join(layout)}" if layout else text
 
 
 def suggest_pairs(folder):
@@ -447,7 +447,7 @@ class Labeled:
             for k in np.flatnonzero(np.bincount(fitted.ravel())).tolist() if compared else ():
                 color = palette[3 * k : 3 * k + 3]
                 if self.palettes.setdefault(k, color) != color:  # an index of two colors is two classes
-                    other = f"its palette gives the value {k} another color than other masks do"
+                    other = f"in its palette, value {k} has a different color than in other masks"
                     raise ValueError(f"{other}; {LIST_THEM}")
         wrong = labels == ILLEGAL
         if wrong.mean() > most:
@@ -504,7 +504,7 @@ def check_masks(part, rank, world_size, device):
         sums = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
     *sums, found = train.total([*sums.tolist(), len(wrong)], device)
     if found:
-        fail(f"{found} masks are invalid, such as {min(wrong, default='one that another process names')}")
+        fail(f"{found} invalid masks, such as {min(wrong, default='one reported by another process')}")
     part.pixels = np.array(sums[:256])
     return np.array(sums[256:])
 
@@ -554,12 +554,12 @@ def check_values(parts, pixels, inferred, ignores):
     used, problem = np.flatnonzero(pixels[:IGNORED]), None
     gaps = len(used) <= used.max(initial=0)
     if inferred and (gaps or len(used) > MOST_INFERRED or pixels[IGNORED] > pixels.sum() / 4):
-        problem = f"class indices are 0, 1, 2, ... up to {MOST_INFERRED - 1} without gaps, and 255 (ignored) is rare"
+        problem = f"expected class indices 0, 1, 2, ... up to {MOST_INFERRED - 1} without gaps, and 255 (ignored) rare"
     for split, part in parts.items():
         # Without 255, a small validation split of one class may be right; with it, 255 is probably a class.
         suspect = split == "train" or (ignores and part.pixels[IGNORED])
         if suspect and np.count_nonzero(part.pixels[:IGNORED]) < 2:
-            problem = f"fewer than two classes in {split}, where 255 means ignored"
+            problem = f"{split} has fewer than two classes (255 means ignored)"
     if problem:
         values = ", ".join(map(str, np.flatnonzero(pixels)[:20])) + ", ..." * bool(len(used) > 19)
         remedy = f"{LIST_THEM}, or give --classes N for masks with the values 0..N-1"
@@ -1084,7 +1084,7 @@ def predict(args):
             fail(f"--out {args.out}: {path} already exists; give another --out")
     if listing.exists() and listing.read_bytes() != lines:
         fail(f"--out {args.out}: its classes.txt lists other classes; give another --out")
-    train.sum_over_processes([0.0], device)  # no process writes before all have looked
+    train.total([0.0], device)  # no process writes before all have looked
     if rank == 0:
         train.write_file(listing, lambda file: file.write(lines))
     say(f"{listing}: the checkpoint's classes; NAME_labels.png holds their numbers, from 0")
@@ -1151,9 +1151,9 @@ def main(args):
     saved = train.load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     if saved and saved["classes"] != classes:
-        fail(f"{out}/last.pt was made with other class names; restore them or use another --out")
+        fail(f"{out}/last.pt has other class names; restore them or use a new --out")
     if start_step >= total_steps:
-        say("note: this run is finished, nothing is trained; use a new --out, or add --eval-only")
+        say("note: this run is already finished; use a new --out, or add --eval-only")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
@@ -1235,7 +1235,7 @@ def main(args):
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                     saved_at = time.monotonic()
             if stopping and done < total_steps:
-                say(f"asked to stop: saved at step {done}; the same command resumes from there")
+                say(f"stopped: saved at step {done}; run the same command to resume")
                 train.end_processes()  # waits until the first one has saved
                 sys.exit(train.EXIT_STOPPED)
 
@@ -1274,9 +1274,9 @@ def data_flag(text):
     """argparse type of --data NAME:DIR."""
     name, _, folder = text.partition(":")
     if name not in DATASETS or not folder:
-        raise argparse.ArgumentTypeError(f"give NAME:DIR, NAME one of {', '.join(DATASETS)}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NAME:DIR with NAME in {', '.join(DATASETS)}; got {text!r}")
     if not os.path.isdir(folder):
-        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
+        raise argparse.ArgumentTypeError(f"no such folder: {folder}")
     return text
 
 
@@ -1293,18 +1293,18 @@ def make_parser():
     # fmt: off
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
-    g.add_argument("--pairs", metavar=("IMAGES", "MASKS"), nargs=2, type=pattern, help="where folder:DIR has its images and masks: quoted patterns below DIR with a star for the name, and {split} if there are splits, such as 'image/{split}/*.png' 'label/{split}/*_seg.png'")
+    g.add_argument("--pairs", metavar=("IMAGES", "MASKS"), nargs=2, type=pattern, help="images and masks of folder:DIR: quoted patterns relative to DIR with * for the shared name, and {split} if there are splits, such as 'image/{split}/*.png' 'label/{split}/*_seg.png'")
     g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
     g.add_argument("--fraction", type=fraction, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: those of --encoder, its default")
-    g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder, if --init holds both")
+    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: the pretrained weights of --encoder (its default)")
+    g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder to load if --init holds both")
     g.add_argument("--encoder", metavar="timm:NAME", type=timm_name, help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
     g.add_argument("--decoder", choices=list(DECODERS), help="what maps patch tokens to class logits; default: linear")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
-    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
+    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: from --init or the preset, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=positive_int, help="side of a patch, pixels")
     g.add_argument("--dim", type=positive_int, help="width")
     g.add_argument("--depth", type=positive_int, help="number of blocks")
@@ -1312,7 +1312,7 @@ def make_parser():
     g.add_argument("--mlp-dim", type=positive_int, help="hidden width of a block's MLP")
     g.add_argument("--drop-path", type=below_1, default=0.1, help="stochastic depth rate of the last block")
     g = parser.add_argument_group("sizes (default: the data set's)")
-    g.add_argument("--base-size", type=int_or_0, help="short side that images are resized to, pixels; training scales it by 0.5-2; 0: each image's own")
+    g.add_argument("--base-size", type=int_or_0, help="resize the short side of images to this many pixels; training scales it by 0.5-2; 0: keep the size")
     g.add_argument("--crop", type=positive_int, nargs="+", metavar="N", help="training crop, pixels: side, or height and width")
     g.add_argument("--window", type=positive_int, nargs="+", metavar="N", help="window of the evaluation; default: the crop")
     g.add_argument("--stride", type=positive_int, nargs="+", metavar="N", help="step between windows; smaller is slower and smoother")
@@ -1331,7 +1331,7 @@ def make_parser():
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
     g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
-    g.add_argument("--evaluations", type=positive_int, help="evaluations during a run, evenly spaced, the last one at the end; default: 10, or 2 in presets")
+    g.add_argument("--evaluations", type=positive_int, help="evenly spaced evaluations per run, the last one at the end; default: 10, or 2 in presets")
     g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out")
     g = train.add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
@@ -1466,7 +1466,7 @@ def parse_args(arguments=None):
             parser.error(f"the checkpoint's data folder {args.folder} does not exist; give --data NAME:DIR")
         for key in ("model", "encoder", "decoder", "crop", *SIZE_KEYS):
             if getattr(args, key) not in (None, saved[key]):
-                parser.error(f"{train.flag(key)}: the checkpoint determines the model; remove this flag")
+                parser.error(f"{train.flag(key)}: the model comes from the checkpoint; remove this flag")
         fill(args, {key: saved[key] for key in OF_MODEL})
         if args.name == saved["name"]:  # the protocol of another data set is its own
             preset |= {key: saved[key] for key in ("base_size", "window", "stride")}

@@ -449,7 +449,7 @@ class LOCA(nn.Module):
         self.visible_tokens = visible_count(self.positions, masking_ratio)
         self.query_tokens = query_tokens or self.positions * 5 // 14
         if not 1 <= self.query_tokens <= self.positions:
-            raise ValueError(f"cannot draw {self.query_tokens} query tokens from a view of {self.positions}")
+            raise ValueError(f"cannot draw {self.query_tokens} query tokens from {self.positions}")
         # As published, the teacher encodes the reference. The position loss alone needs no teacher: there, the
         # student encodes the reference, and queries get no position embedding.
         feature_loss = bool(prototypes and feature_weight) and not single_image
@@ -577,8 +577,8 @@ def update_teacher(teacher, model, momentum):
 
 # ------------------------------------------------------------------------------------- weights in and out
 # Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete.
-# A table is read downwards to rename a file's tensors, and upwards to say by its own names what it lacks.
-# ("attn.query, key, value", "attn.qkv") serves the second only: the three are joined after the renames.
+# A table is read top-down to rename a file's tensors, and bottom-up to report missing ones by its names.
+# ("attn.query, key, value", "attn.qkv") is only for reports: the three are joined after the renames.
 
 RELEASED_NAMES = (  # in the authors' flax files -> here
     (".kernel", ".weight"), ("norm.scale", "norm.weight"), ("LayerNorm_0.scale", "LayerNorm_0.weight"),
@@ -615,7 +615,7 @@ TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 
 
 def load_weights(path, branch="teacher"):
-    """Read a LOCA or a plain ViT from a file -> its state dict, with a complete 'encoder...', and what is there of
+    """Read a LOCA or a plain ViT from a file -> its state dict, with a complete 'encoder...' and any entries of
     'predictor...' and 'head...'. Raises OSError, ImportError, or a one-line ValueError that says what is wrong.
 
     Reads this project's checkpoints, the authors' flax files (needs msgpack), and PyTorch or safetensors files
@@ -642,15 +642,15 @@ def load_vit(path, branch="teacher", **changes):
     weights = load_weights(path, branch)
     encoder = ViT(**{**weights.sizes, **changes})
     if weights.heads_assumed and "heads" not in changes:
-        warnings.warn(f"{path} does not state the number of heads; {encoder.heads} assumed (heads=N)")
+        warnings.warn(f"{path} does not state the number of heads; assuming {encoder.heads} (set heads=N)")
     load_encoder(encoder, weights)
     return encoder.eval()
 
 
 @torch.no_grad()
 def load_encoder(encoder, state):
-    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> the names of those
-    that it has no use for, such as other projects' heads.
+    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> the names of the
+    unused entries, such as other projects' heads.
 
     The position embedding is resized to the ViT's grid. A class token is dropped if the ViT has none. Raises
     ValueError, and changes nothing, if weights and ViT do not fit together.
@@ -684,7 +684,7 @@ def read_entries(path):
     if os.path.isdir(path):
         files = [file for file in os.listdir(path) if file in ("model.safetensors", "pytorch_model.bin")]
         if len(files) != 1:
-            raise ValueError("it is a folder; give the file in it that holds the weights")
+            raise ValueError("it is a folder; give the weights file inside it")
         path = os.path.join(path, files[0])
     with open(path, "rb") as file:
         start = file.read(9)
@@ -697,7 +697,7 @@ def read_entries(path):
     else:
         tree = read_flax_file(path)
     if not isinstance(tree, dict):
-        raise ValueError(f"it holds a {type(tree).__name__}, not weights by name")
+        raise ValueError(f"it holds a {type(tree).__name__}, not a dict of weights")
     return dict(_leaves(tree))
 
 
@@ -747,7 +747,7 @@ def read_flax_file(path):
         with open(path, "rb") as file:
             return msgpack.unpackb(file.read(), ext_hook=array, object_hook=join, strict_map_key=False)
     except Exception as error:  # a damaged file can make msgpack or torch raise anything
-        reason = f"it is damaged, or no PyTorch, safetensors or flax file ({type(error).__name__})"
+        reason = f"damaged, or not a PyTorch, safetensors or flax file ({type(error).__name__})"
         raise ValueError(reason) from error
 
 
@@ -761,7 +761,7 @@ def _find_vit(entries, branch):
             found[name.removesuffix(patch)] = renames
     if not found:
         top = ", ".join(sorted({name.split(".")[0] for name in entries})[:20])
-        raise ValueError(f"there is no ViT in it: no entry ends in {' or '.join(NAMINGS)}; it holds {top}")
+        raise ValueError(f"no ViT found: no entry ends in {' or '.join(NAMINGS)}; it holds {top}")
     wanted = [prefix for prefix in found if bool(TEACHER_NAME.search(prefix)) == (branch == "teacher")]
     prefix = min(wanted or found, key=len)
     renames = found[prefix]

@@ -1073,7 +1073,7 @@ def test_list_of_images(photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "files, said",
     [
-        ("images/a.jpg masks/a.png", "masks/ beside images/ holds masks, not photos; use --data DIR/images"),
+        ("images/a.jpg masks/a.png", "masks/ next to images/ holds masks; use --data DIR/images"),
         ("s/JPEGImages/a.jpg s/SegmentationClass/a.png s/Annotations/a.xml", "use --data DIR/s/JPEGImages"),
         ("images/train/a.jpg annotations/train/a.png", "use --data DIR/images"), ("x/img/a.png x/gt_fine/b/a.png", "DIR/x/img"),
         ("train/a.png trainannot/a.png val/a.png valannot/a.png", "use --data DIR/train"), ("Image/a.jpg Label/a.png", "DIR/Image"),
@@ -1617,7 +1617,9 @@ def test_files_are_never_half_written(tmp_path):
     train.save_checkpoint(path, train_args(), 1, {"model": nn.Linear(2, 2)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))  # stands for a disk with little room left
     try:
-        with pytest.raises(SystemExit, match="cannot write .*last.pt: .*File too large.*is untouched"):
+        with pytest.raises(
+            SystemExit, match="cannot write .*last.pt: .*File too large.*earlier files are intact"
+        ):
             train.save_checkpoint(path, train_args(), 2, {"model": nn.Linear(200, 200)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1626,8 +1628,8 @@ def test_files_are_never_half_written(tmp_path):
     assert saved(tmp_path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-NOT_ALL = "starts from scratch: it is not complete, or has other sizes, in the file"
-ZERO = "starts from scratch: it is zero in the file"
+NOT_ALL = "starts from scratch: the file's is incomplete or has other shapes"
+ZERO = "starts from scratch: its weights are all zero"
 PARTS_LOADED = {  # kind of file: what is said of the student's predictor, its head, the teacher's head
     "own": ("loaded", "loaded", "loaded"),
     "released": (NOT_ALL, "loaded", "loaded"),  # another grid
@@ -1730,7 +1732,7 @@ def test_an_interrupted_run_ends_like_one_that_never_was(script, action, step, c
     flags, asked = f"{whole[script][0]} --save-minutes 0 --out {tmp_path}", code == 75
     workers = int(action == "hang up" or (action == "kill" and script is train))
     codes, said = start(script, f"{flags} --workers {workers}", 1, functools.partial(at_step, step, action))
-    assert codes == [code] and ("asked to stop: saved at step" in said) == asked, said
+    assert codes == [code] and ("stopped: saved at step" in said) == asked, said
     assert saved(tmp_path)["step"] == (step if asked else 4)
     run(script, flags)
     assert equal(weights(tmp_path), weights(whole[script][1]))
@@ -1853,7 +1855,7 @@ def test_processes_and_micro_batches_equal_the_whole_batch(script, whole, tmp_pa
     "action, processes, rank, words",
     [
         ("spoil", 1, None, "not finite in the steps up to 6.*--lr"), ("spoil", 2, "1", "not finite in the steps up to 6.*--lr"),
-        ("exhaust", 1, None, "out of memory; the last checkpoint is untouched.*--accumulate"),
+        ("exhaust", 1, None, "out of memory; the last checkpoint is intact.*--accumulate"),
     ],
 )  # fmt: skip
 def test_failures_end_all_processes_and_leave_the_checkpoint(
@@ -1890,16 +1892,16 @@ def test_settings_of_a_resumed_run(script, whole, tmp_path, capsys):
     refused += "--momentum 0.5|--masking first" if script is train else "--crop 24|--fraction 1/2"
     for change in refused.split("|"):
         said = fails(script, f"{flags} {change}")
-        assert f"made with {change.split()[0]} " in said and "another --out" in said
+        assert f"saved with {change.split()[0]} " in said and "a new --out" in said
     for change in ("--lr 0.0005", "--clip 2.0", "--log-every 3", "--accumulate 2"):
         run(script, f"{flags} {change}")
         said = capsys.readouterr().out
-        assert f"resuming with {change}, formerly" in said
-        assert "this run is finished, nothing is trained" in said
+        assert f"resuming with {change} (was" in said
+        assert "this run is already finished" in said
     assert equal(weights(run_out), weights(out))
     for change, step in (("--steps 7", 7), ("--epochs 3", 9 if script is train else 7)):
         run(script, f"{flags} {change}")  # an extended run goes on
-        assert f"resuming with {change}, formerly" in capsys.readouterr().out
+        assert f"resuming with {change} (was" in capsys.readouterr().out
         assert saved(run_out)["step"] == step == max(records(run_out))
     assert not equal(weights(run_out), weights(out))
 
@@ -1914,16 +1916,16 @@ def test_the_folder_of_a_resumed_run_may_move_but_not_change(script, seg, tmp_pa
     flags = f"{TINY_TRAIN if script is train else TINY_SEG} --steps 2 --out {tmp_path}/run --data {data}"
     for folder in ("d1", "d1/", "copy"):
         run(script, f"{flags}/{folder}{images}")
-    assert "made with a set of " in fails(script, f"{flags}/other{images}")
+    assert "saved with " in fails(script, f"{flags}/other{images}")
     if script is train:  # nor may images of one's own
         pair = train.Scenes(12), train.Scenes(4)
         train.main(train_args(f"--steps 2 --out {tmp_path}/own"), pair)
         pair[0].first = 1
         said = fails_to(train.main, train_args(f"--steps 2 --out {tmp_path}/own"), pair)
-        assert "made with a set of " in said
+        assert "saved with " in said
     else:
         save(tmp_path / "copy/classes.txt", b"cat\ndog\nbird\n")
-        assert "made with other class names" in fails(script, f"{flags}/copy")
+        assert "has other class names" in fails(script, f"{flags}/copy")
 
 
 ON_A_GPU = [
@@ -2225,9 +2227,9 @@ FAULTS = [  # files that are written or removed, what is said about them; --clas
     ("images/train/4.png", b"no picture", "its image .*4.png cannot be read", None),
     ("masks/train/[0-4].png", None, r"lacks 5 files: \S+images/train/0.png has no mask; .*train/2.png has no mask; ...; looked for masks/{split}/\S+; ((?!--pairs).)*$", None),
     ("masks/train/*.jpg", columns([0], 20, 28), "5.jpg: it is a JPEG, which changes class indices; .*classes.txt", None),
-    ("images/train/0.jpg", columns([0], 20, 28), "0.(jpg|png).*0.(jpg|png): the same name twice", None),
-    ("masks/train/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: fewer than two classes in train.*object 255", None),
-    ("masks/val/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: fewer than two classes in val, where 255 means ignored", 3),
+    ("images/train/0.jpg", columns([0], 20, 28), "0.(jpg|png).*0.(jpg|png) have the same name", None),
+    ("masks/train/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: train has fewer than two classes .*object 255", None),
+    ("masks/val/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: val has fewer than two classes .255 means ignored", 3),
     ("masks/*/*.png", columns([0, 128], 20, 28), "0, 128: .* without gaps", None),
     ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "0, 1, 255: .*255 .ignored. is rare", None),
     ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: .* up to 63", None),
@@ -2297,7 +2299,7 @@ def test_the_pairs_that_would_fit_are_named_and_work(image, mask, pairs, tmp_pat
         save_pair(*pair)
     said = fails_to(open_part, "folder", tmp_path)
     example = min(Path(image.format(0)).name, Path(mask.format(0)).name)
-    assert f"this fits: --pairs {pairs}" in said and re.search(rf"/ holds \d+ files such as {example}", said)
+    assert f"try --pairs {pairs}" in said and re.search(rf"/ holds \d+ files such as {example}", said)
     if "images/" in image:
         assert "images/000_image.png has no mask; " in said
     part = open_part("folder", tmp_path, pairs=shlex.split(pairs))[0]
@@ -2402,7 +2404,7 @@ def test_palettes_that_differ_are_refused_unless_colors_are_listed(tmp_path):
     write([5], 0, 0, 0, 255, 0, 0, 0, 9, 9)  # an unused entry differs
     assert open_part("folder", tmp_path)[0].pixels[:2].tolist() == [6 * 280, 6 * 280]
     write([5], 0, 0, 0, 0, 255, 0)
-    assert "its palette gives the value 1 another color" in fails_to(open_part, "folder", tmp_path)
+    assert "in its palette, value 1 has a different color" in fails_to(open_part, "folder", tmp_path)
     save(tmp_path / "classes.txt", b"rest 0 0 0\ncat 255 0 0\ndog 0 255 0\n")
     assert open_part("folder", tmp_path)[0].pixels[:3].tolist() == [6 * 280, 5 * 280, 280]
 
@@ -2556,7 +2558,7 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     flags = f"--checkpoint {tmp_path}/alone.pt --out {tmp_path}/out --device cpu --precision float32"
     run(finetune_seg, f"{flags} --predict {tmp_path}/in")
     said = capsys.readouterr().err
-    assert re.search(r"cannot read \S+in/broken.png: ", said) and "in/deep.png: over 8 bits" in said
+    assert re.search(r"cannot read \S+in/broken.png: ", said) and "in/deep.png: more than 8 bits" in said
 
     def made(name):
         return np.asarray(Image.open(tmp_path / "out" / name))
@@ -2698,8 +2700,8 @@ def test_an_unreadable_image_ends_the_process(tmp_path):
 REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: flags of training; what is said
     ("{1} --data camvid:{0}", "3 classes, but camvid has 11"),
     ("{1} --data folder:{0}/other", "use the same names in the same order"),
-    ("{1} --depth 1", "--depth: the checkpoint determines the model"),
-    ("{1} --crop 32", "--crop: the checkpoint determines the model"),
+    ("{1} --depth 1", "--depth: the model comes from the checkpoint"),
+    ("{1} --crop 32", "--crop: the model comes from the checkpoint"),
     ("{1} --data folder:/gone", "no folder /gone"),
     ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"),
     ("{2} --dim 32", "do not fit this encoder"), ("{2} --heads 4", "its encoder has 2 heads, not 4"),

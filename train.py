@@ -99,7 +99,7 @@ def refuse_masks(folder, flag, names):
         beside = [place for place in places if place.parent == mask.parent and place != mask]
         for photos in [place for place in beside if re.fullmatch(PHOTOS, place.name, re.IGNORECASE)]:
             way = f"use {flag} {os.path.join(folder, photos)}"
-            fail(f"{flag} {folder}: {mask}/ beside {photos}/ holds masks, not photos; {way}")
+            fail(f"{flag} {folder}: {mask}/ next to {photos}/ holds masks; {way}")
 
 
 @functools.cache
@@ -124,10 +124,10 @@ def read_image(path, decode_size=0):
     try:
         image = Image.open(path)  # reads the header only, and refuses decompression bombs
     except UnidentifiedImageError as error:
-        raise ValueError("it is damaged, not an image, or a TIFF with more than 4 bands") from error
+        raise ValueError("damaged, not an image, or a TIFF with more than 4 bands") from error
     with image:
         if has_deep_channels(image):
-            raise ValueError("over 8 bits per channel; convert to 8 bits with one range for the whole set")
+            raise ValueError("more than 8 bits per channel; convert all images to 8 bits with one range")
         if image.format == "TIFF" and image.n_frames > 1:
             warn_once(f"TIFF files with {image.n_frames} pages: only the first page is read")
         if decode_size and min(image.size) >= 2 * decode_size:
@@ -600,7 +600,7 @@ def build_model(args):
 
 
 def init_encoder(encoder, path, branch):
-    """Load the encoder of a branch from the file of --init, and say what was loaded -> loca.Weights. Exits with an
+    """Load the encoder of a branch from the file of --init, and say what was loaded -> its state dict. Exits with an
     error if it does not fit."""
     try:
         weights = loca.load_weights(path, branch)
@@ -633,10 +633,10 @@ def init_head(head, weights, prefix):
     fresh = sorted(own.keys() - fits.keys())
     # The files that the authors offer may lack the predictor's last norm.
     if any(not name.startswith("norm.") for name in fresh):
-        return "starts from scratch: it is not complete, or has other sizes, in the file"
+        return "starts from scratch: the file's is incomplete or has other shapes"
     # The head in loca_vbase_imnet1k has shrunk to about 1e-30: it would never learn again.
     if any(x.abs().max() < 1e-12 for x in fits.values() if x.ndim > 1):
-        return "starts from scratch: it is zero in the file"
+        return "starts from scratch: its weights are all zero"
     head.load_state_dict({**own, **fits})
     return "loaded" + (f", but {', '.join(fresh)} starts from scratch" if fresh else "")
 
@@ -659,7 +659,7 @@ def compile_parts(model, teacher):
         torch.compile(torch.neg)(model.predictor.norm.bias.detach())
     except Exception as error:  # each compiler is missing in its own way
         reason = (str(error) or repr(error)).splitlines()[0]
-        fail(f"--compile needs a C++ compiler such as g++, on a GPU also Triton: {reason}")
+        fail(f"--compile needs a C++ compiler such as g++ and, on GPUs, Triton: {reason}")
     torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
     encoders = [part.encoder for part in (model, teacher) if part is not None]
     blocks = [block for encoder in encoders for block in getattr(encoder, "blocks", ())]
@@ -732,7 +732,7 @@ def init_distributed(name=None):
     if "RANK" not in os.environ and any(int(os.environ.get(variable, "1")) > 1 for variable in launchers):
         command = "srun --ntasks-per-node=1 torchrun ..., as in the README under Pretraining"
         fail(
-            f"srun and mpirun do not connect the processes that they start; run torchrun on each node: {command}"
+            f"processes started by srun or mpirun cannot find each other; run torchrun on each node: {command}"
         )
     if name is None:
         mps = torch.backends.mps.is_available()
@@ -804,7 +804,7 @@ def explain_out_of_memory(remedies):
     except RuntimeError as error:
         if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):  # GPU, CPU, cuBLAS
             raise
-        fail(f"out of memory; the last checkpoint is untouched: run the same command with {remedies}")
+        fail(f"out of memory; the last checkpoint is intact: rerun with {remedies}")
 
 
 def end_processes():
@@ -876,11 +876,11 @@ class Meter:
         batch = next(batches)
         self.waited += time.perf_counter() - start
         for wrong in filter(None, batch["unreadable"]):
-            warn_once(f"cannot read {wrong}; another image replaces it")
+            warn_once(f"cannot read {wrong}; using another image")
             self.unreadable.add(wrong)
         self.seen += len(batch["unreadable"])
         if len(self.unreadable) > 0.05 * min(epoch, max(self.seen, 400)):
-            fail(f"{len(self.unreadable)} images are unreadable so far, over 5%: see the warnings above")
+            fail(f"{len(self.unreadable)} unreadable images so far, more than 5%; see the warnings above")
         return batch
 
     def add(self, values):
@@ -904,7 +904,7 @@ def check_finite(record, done):
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last checkpoint"
-        fail_together(f"{text} is untouched: run it again with a smaller --lr or with --precision float32")
+        fail_together(f"{text} is intact: rerun with a smaller --lr or with --precision float32")
 
 
 def peak_memory(device):
@@ -938,7 +938,7 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            fail(f"cannot write {self.path}: {error}; what was saved before is untouched")
+            fail(f"cannot write {self.path}: {error}; earlier files are intact")
         if self.board:
             for name, value in record.items():
                 self.board.add_scalar(name, value, record["step"])
@@ -959,7 +959,7 @@ def write_file(path, write):
         with contextlib.suppress(OSError):
             partial.unlink()
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        fail(f"cannot write {path}: {reason}; what was saved before is untouched")
+        fail(f"cannot write {path}: {reason}; earlier files are intact")
 
 
 def write_json(path, content):
@@ -993,12 +993,12 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
         changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
         wrong = [f"{flag(key)} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
         if saved.get("images", images) != images:
-            wrong.append(f"a set of {saved['images']}, not {images}")
+            wrong.append(f"{saved['images']}, not {images}")
         if wrong:
-            fail(f"{path} was made with {wrong[0]}; restore it or use another --out")
+            fail(f"{path} was saved with {wrong[0]}; change it back or use a new --out")
         for key in changed:
             if key in defaults and key != "out":  # others follow from flags
-                say(f"resuming with {flag(key)} {new[key]}, formerly {old[key]}")
+                say(f"resuming with {flag(key)} {new[key]} (was {old[key]})")
         for name, module in modules.items():
             if module is not None:
                 module.load_state_dict(saved.pop(name))  # frees the memory
@@ -1059,7 +1059,7 @@ def feature_spread(tokens):
 
 
 def chance_levels(model):
-    """What a model that has learned nothing scores in the entries of LOCA's dict, as far as that is known. Losses of
+    """The values in LOCA's dict for a model that has learned nothing, where they are known. Losses of
     weight 0 are left out."""
     levels = {
         "position_accuracy": 1 / model.positions,
@@ -1072,14 +1072,20 @@ def chance_levels(model):
     return levels
 
 
-def terms(record, chances):
-    """The entries of a record, each beside its chance level if it has one, as text."""
-    chance = {name: f" (chance {level:.3g})" for name, level in chances.items()}
-    return " | ".join(f"{k} {x:.3g}{chance.get(k.removeprefix('val_'), '')}" for k, x in record.items())
+def terms(record, model, chances):
+    """The entries of LOCA's dict in a record as text, each beside its chance level if it has one. Losses of weight 0
+    are left out."""
+    texts = []
+    for key, value in record.items():
+        name = key.removeprefix("val_")
+        if getattr(model, name.replace("_loss", "_weight"), 1):
+            chance = f" (chance {chances[name]:.3g})" if name in chances else ""
+            texts.append(f"{key} {value:.3g}{chance}")
+    return " | ".join(texts)
 
 
 def warnings_of(record, done, total_steps, chances):
-    """Yield what in the metrics shows that a run is not learning; `chances` from chance_levels. A run needs some
+    """Yield signs in the metrics that a run is not learning; `chances` from chance_levels. A run needs some
     steps before its metrics mean anything."""
     if done > max(200, total_steps // 4):
         for name in chances.keys() & {"position_loss", "cross_entropy"}:
@@ -1181,7 +1187,7 @@ def main(args, images=None):
 
     # ---- student, teacher, optimizer ----
     seed_all(args.seed)
-    with explain_out_of_memory("a smaller --model, or on a device that nobody else uses"):
+    with explain_out_of_memory("a smaller --model, or free memory on the device"):
         model = build_model(args).to(device)
         teacher = loca.make_teacher(model) if model.needs_teacher else None
     if args.init:
@@ -1194,7 +1200,7 @@ def main(args, images=None):
     saved = load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
     start_step, accuracy = (saved["step"], saved.get("accuracy")) if saved else (0, None)
     if start_step >= total_steps:
-        say("note: this run is finished, nothing is trained; give a new run another --out")
+        say("note: this run is already finished; use a new --out for a new run")
     if args.compile:
         compile_parts(model, teacher)
     net = model
@@ -1267,7 +1273,7 @@ def main(args, images=None):
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
             say(
                 f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | "
-                f"{terms({name: record[name] for name in losses}, chances)} | lr {record['lr']:.1e} | "
+                f"{terms({name: record[name] for name in losses}, model, chances)} | lr {record['lr']:.1e} | "
                 f"{record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
                 f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(seconds_left))} left"
             )
@@ -1275,7 +1281,7 @@ def main(args, images=None):
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
                     figures = evaluate(model, teacher, held_out, args, world_size, device, mine)
                 record, accuracy = record | figures, figures["val_position_accuracy"]
-                say(f"held out | {terms(figures, chances)}")
+                say(f"held out | {terms(figures, model, chances)}")
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 for text in warnings_of(record, done, total_steps, chances):
@@ -1290,7 +1296,7 @@ def main(args, images=None):
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
             if stopping:
-                say(f"asked to stop: saved at step {done}; the same command resumes from there")
+                say(f"stopped: saved at step {done}; run the same command to resume")
                 end_processes()  # waits until the first one has saved
                 sys.exit(EXIT_STOPPED)
 
@@ -1384,19 +1390,19 @@ def make_parser():
     g.add_argument("--val-images", type=int_or_0, default=500, help="maximum number of held-out images; without --val, also at most a tenth of --data")
     g.add_argument("--val-every", type=positive_int, default=1, metavar="E", help="epochs between held-out evaluations; raise it for few images")
     g.add_argument("--scenes", type=positive_int, default=1280, help="number of drawn scenes to train on, without --data")
-    g.add_argument("--small", **yes_no, help="a preset for hundreds of images and a CPU: small model, views and batch; half an hour on two cores")
+    g.add_argument("--small", **yes_no, help="preset for hundreds of images on a CPU: small model, views and batch; half an hour on two cores")
     g = parser.add_argument_group("views")
     g.add_argument("--image-size", type=positive_int, default=224, help="side of the reference and the random query, pixels")
     g.add_argument("--focal-size", type=positive_int, default=96, help="side of the focal queries, pixels")
     g.add_argument("--focal", type=int_or_0, default=9, help="focal queries per image; fewer is faster")
-    g.add_argument("--decode-size", type=int_or_0, default=512, metavar="N", help="decode JPEGs at a half, quarter or eighth, which is faster, if their short side stays at N pixels or more; raise it with --image-size; 0: off")
+    g.add_argument("--decode-size", type=int_or_0, default=512, metavar="N", help="decode JPEGs at 1/2, 1/4 or 1/8 size if the short side stays at N pixels or more; faster; raise it with --image-size; 0: off")
     g.add_argument("--query-tokens", type=positive_int, help="tokens of the random query that are encoded; default: 5/14 of them")
-    g.add_argument("--large-area", type=up_to_1, nargs=2, default=[0.32, 1.0], help="smallest and largest share of the image area that the reference and the random query cover")
-    g.add_argument("--focal-area", type=up_to_1, nargs=2, default=[0.05, 0.32], help="smallest and largest share of the image area that a focal query covers")
+    g.add_argument("--large-area", type=up_to_1, nargs=2, default=[0.32, 1.0], help="smallest and largest fraction of the image area covered by the reference and random query")
+    g.add_argument("--focal-area", type=up_to_1, nargs=2, default=[0.05, 0.32], help="smallest and largest fraction of the image area covered by a focal query")
     g.add_argument("--blur", **yes_no, help="blur views as the paper intends; the released code never blurs")
     g = parser.add_argument_group("method")
     g.add_argument("--init", metavar="FILE", help="initial weights: published (flax), from an earlier run, or from any ViT")
-    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: that of --init or of the preset, else B/16; the next five flags override parts of it")
+    g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: from --init or the preset, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=positive_int, help="side of a patch, pixels; smaller for small images")
     g.add_argument("--dim", type=positive_int, help="width")
     g.add_argument("--depth", type=positive_int, help="number of blocks")
@@ -1413,7 +1419,7 @@ def make_parser():
     g.add_argument("--teacher-temperature", type=positive_float, default=0.05, help="temperature of the targets; raise it if they collapse")
     g.add_argument("--position-weight", type=float_or_0, default=1.0, help="weight of the position loss; 0: feature loss alone")
     g.add_argument("--feature-weight", type=float_or_0, default=1.0, help="weight of the feature loss; 0: position loss alone, no teacher")
-    g.add_argument("--single-image", **yes_no, help="for comparison: no reference, a view predicts its own positions")
+    g.add_argument("--single-image", **yes_no, help="baseline without a reference: a view predicts its own positions")
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=positive_int, default=100, help="passes over the images")
     g.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
@@ -1421,7 +1427,7 @@ def make_parser():
     g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory; Sinkhorn sees one at a time")
     g.add_argument("--lr", type=positive_float, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024")
     g.add_argument("--warmup-epochs", type=float_or_0, default=15.0, help="epochs of linear warm-up, at most half the run")
-    g.add_argument("--optimizer", default="adamw", choices=list(OPTIMIZERS), help="adamw, as published, needs no tuning of --lr")
+    g.add_argument("--optimizer", default="adamw", choices=list(OPTIMIZERS), help="adamw is as published; sgd needs its own --lr")
     g.add_argument("--weight-decay", type=float_or_0, default=0.1, help="weight decay, for matrices only")
     g.add_argument("--clip", type=float_or_0, default=1.0, help="maximum gradient norm; 0: no clipping")
     g.add_argument("--momentum", "--teacher-momentum", type=below_1, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
@@ -1479,9 +1485,9 @@ def parse_args(arguments=None, own_images=False):
             parser.error(f"{flag(name)} {size} is not a multiple of the patch size {patch}: try {nearest}")
     for name in ("large_area", "focal_area"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
-            parser.error(f"{flag(name)}: the first share must not exceed the second")
+            parser.error(f"{flag(name)}: the first value must not exceed the second")
     if not args.position_weight and (args.single_image or not args.feature_weight):
-        parser.error("--position-weight 0 without the feature loss: nothing is left to optimize")
+        parser.error("--position-weight 0 without the feature loss leaves no loss to train")
     try:
         with torch.device("meta"):
             build_model(args)

@@ -714,7 +714,7 @@ def test_heads_that_the_file_does_not_tell_are_assumed(dim, layout, heads, tmp_p
     weights = loca.load_weights(tmp_path / "vit.pth", "teacher")
     assert weights.sizes["heads"] == heads
     assert weights.heads_assumed == (layout in ("timm", "I-JEPA"))
-    with pytest.warns(match=f"{heads} assumed") if weights.heads_assumed else contextlib.nullcontext():
+    with pytest.warns(match=f"assuming {heads}") if weights.heads_assumed else contextlib.nullcontext():
         loca.load_vit(tmp_path / "vit.pth")
 
 
@@ -748,7 +748,7 @@ def test_files_of_other_kinds_are_named_and_folders_hold_one_file(tmp_path, caps
     for name, said in kinds.items():
         with pytest.raises(ValueError, match=said):
             loca.load_weights(tmp_path / name)
-    with pytest.raises(ValueError, match="it is a folder; give the file"):
+    with pytest.raises(ValueError, match="it is a folder; give the weights file"):
         loca.load_weights(tmp_path)
     state = foreign_vit().state_dict()
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -1010,9 +1010,9 @@ def deep(kind):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("x.png", np.zeros((2, 2), np.uint16), "convert to 8 bits with one range"), ("x.png", deep("png"), "convert to 8"),
-        ("x.tif", np.zeros((2, 2), np.int32), "convert to 8 bits"), ("x.tif", np.zeros((2, 2), np.float32), "convert to 8"),
-        ("x.tif", deep("tiff"), "convert to 8"), ("x.tif", Image.new("RGB", (2, 2)), None), ("x.jpg", b"text", "4 bands"),
+        ("x.png", np.zeros((2, 2), np.uint16), "convert all images to 8 bits"), ("x.png", deep("png"), "convert all images to 8 bits"),
+        ("x.tif", np.zeros((2, 2), np.int32), "convert all images to 8 bits"), ("x.tif", np.zeros((2, 2), np.float32), "convert all images to 8 bits"),
+        ("x.tif", deep("tiff"), "convert all images to 8 bits"), ("x.tif", Image.new("RGB", (2, 2)), None), ("x.jpg", b"text", "4 bands"),
         ("x.png", Image.new("1", (2, 2)), None), ("x.tif", Image.new("P", (2, 2)), None),
     ],
 )  # fmt: skip
@@ -1335,8 +1335,8 @@ IMPOSSIBLE = [  # one or two of each kind
     (train, "--image-size 100", "--image-size 100 is not a multiple of the patch size 8: try 96"),
     (train, "--batch 5 --accumulate 2", "--batch 5 is not a multiple"), (train, "--heads 5", "--heads"),
     (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--seed x", "invalid int"), (train, "--init no/file", "no/file"),
-    (train, "--position-weight 0 --feature-weight 0", "nothing"), (train, "--large-area 0.5 0.2", "--large-area"),
-    (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "no folder /nowhere"),
+    (train, "--position-weight 0 --feature-weight 0", "no loss to train"), (train, "--large-area 0.5 0.2", "--large-area"),
+    (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "no such folder: /nowhere"),
     (finetune_seg, "--crop 100", "--crop 100 100 is not a multiple of the patch size 8: try --crop 96 96"),
     (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"), (finetune_seg, "--stride 200", "--stride"),
     (finetune_seg, "--fraction x", "--fraction"), (finetune_seg, "--fraction 3/2", "--fraction"),
@@ -1593,7 +1593,7 @@ def test_unreadable_images_are_replaced_and_named_once(tmp_path, capfd):
     assert capfd.readouterr().err.count("05.png") == 1
     for path in paths[8:12]:
         save(path, path.read_bytes()[:60])
-    assert "over 5%" in fails(train, f"{flags}/other")
+    assert "more than 5%" in fails(train, f"{flags}/other")
     for path in paths:
         save(path, b"text")
     for workers in (0, 1):  # a worker process has no other words for it
@@ -2231,7 +2231,7 @@ FAULTS = [  # files that are written or removed, what is said about them; --clas
     ("masks/train/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: train has fewer than two classes .*object 255", None),
     ("masks/val/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: val has fewer than two classes .255 means ignored", 3),
     ("masks/*/*.png", columns([0, 128], 20, 28), "0, 128: .* without gaps", None),
-    ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "0, 1, 255: .*255 .ignored. is rare", None),
+    ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "0, 1, 255: .*255 .ignored. rare", None),
     ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: .* up to 63", None),
     ("classes.txt", b"cat\nignore\n", "it lists 1 classes", None),
     ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "classes.txt: cannot read 'cat 300 0 0'", None),
@@ -2702,7 +2702,7 @@ REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: 
     ("{1} --data folder:{0}/other", "use the same names in the same order"),
     ("{1} --depth 1", "--depth: the model comes from the checkpoint"),
     ("{1} --crop 32", "--crop: the model comes from the checkpoint"),
-    ("{1} --data folder:/gone", "no folder /gone"),
+    ("{1} --data folder:/gone", "no such folder: /gone"),
     ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"),
     ("{2} --dim 32", "do not fit this encoder"), ("{2} --heads 4", "its encoder has 2 heads, not 4"),
 ]  # fmt: skip

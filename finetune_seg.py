@@ -1322,8 +1322,8 @@ def make_parser():
     g.add_argument("--batch", type=positive_int, help="images per step, over all devices and micro-batches")
     g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory")
     g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: sgd, as in Segmenter; adamw is easier on small data")
-    g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: the data set's for sgd, {ADAMW['lr']} for adamw")
-    g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, {ADAMW['weight_decay']} for adamw")
+    g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: the data set's for sgd, else {ADAMW['lr']}")
+    g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, else {ADAMW['weight_decay']}")
     g.add_argument("--layer-decay", type=up_to_1, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
     g.add_argument("--clip", type=float_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
@@ -1366,8 +1366,8 @@ def choose_preset(args):
     # A preset's learning rate belongs to its optimizer.
     optimizer = args.optimizer or preset["optimizer"]
     if optimizer != preset["optimizer"]:
-        preset["lr"] = ADAMW["lr"] if optimizer == "adamw" else (data or DataSet).lr
-    preset["weight_decay"] = ADAMW["weight_decay"] if optimizer == "adamw" else 0.0
+        preset["lr"] = (data or DataSet).lr if optimizer == "sgd" else ADAMW["lr"]
+    preset["weight_decay"] = 0.0 if optimizer == "sgd" else ADAMW["weight_decay"]
     if args.epochs:
         preset["steps"] = None
     return preset | {key: [preset[key]] * 2 for key in ("crop", "stride")}
@@ -1390,13 +1390,9 @@ def encoder_sizes(args):
     """The sizes of a new encoder: those of the run folder's checkpoint, of the timm model, or of the weights of
     --init; none if it starts from scratch. Exits with an error if a file cannot be read."""
     last, found = Path(args.out, "last.pt"), {}
-    source = (
-        f"--encoder {args.encoder}"
-        if args.encoder
-        else last
-        if os.path.exists(last)
-        else f"--init {args.init}"
-    )
+    source = f"--init {args.init}"
+    if args.encoder or os.path.exists(last):
+        source = f"--encoder {args.encoder}" if args.encoder else last
     try:
         if args.encoder:
             timm = train.import_optional("timm")

@@ -323,7 +323,7 @@ MASKING = {
     "first": lambda rows, columns, count, device: torch.arange(count, device=device),
     "unstructured": lambda rows, columns, count, device: torch.randperm(rows * columns, device=device)[
         :count
-    ],
+    ],  # fmt: skip
 }
 
 
@@ -452,18 +452,20 @@ class LOCA(nn.Module):
             raise ValueError(f"cannot draw {self.query_tokens} query tokens from {self.positions}")
         # As published, the teacher encodes the reference. The position loss alone needs no teacher: there, the
         # student encodes the reference, and queries get no position embedding.
-        feature_loss = bool(prototypes and feature_weight) and not single_image
+        with_features = bool(prototypes and feature_weight) and not single_image
         if reference_encoder == "published":
-            reference_encoder = "teacher" if feature_loss else "student"
+            reference_encoder = "teacher" if with_features else "student"
         if query_position == "published":
-            query_position = feature_loss
+            query_position = with_features
         self.reference_encoder, self.query_position = reference_encoder, query_position
-        self.needs_teacher = feature_loss or reference_encoder == "teacher"
+        self.needs_teacher = with_features or reference_encoder == "teacher"
         self.masking, self.single_image = "unstructured" if single_image else masking, single_image
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.position_weight, self.feature_weight = position_weight, feature_weight if feature_loss else 0.0
+        self.position_weight, self.feature_weight = position_weight, feature_weight if with_features else 0.0
         self.predictor = PositionPredictor(encoder.dim, encoder.heads, encoder.mlp_dim, self.positions)
-        self.head = ProjectionHead(encoder.dim, head_hidden, bottleneck, prototypes) if feature_loss else None
+        self.head = (
+            ProjectionHead(encoder.dim, head_hidden, bottleneck, prototypes) if with_features else None
+        )
         if single_image:
             encoder.pos_embed.requires_grad_(False)  # it is never used
 

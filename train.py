@@ -345,7 +345,7 @@ class Views(Dataset):
         args, rng = self.args, np.random.default_rng((self.args.seed, *key))
         # Decode once for all views, because decoding takes longer than cropping.
         image, wrong = read_or_next(self.source, key[1], self.source.image)
-        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
             raise TypeError(f"{self.source.name(key[1])}: image(i) must return a uint8 tensor [3, H, W]")
         areas = [args.large_area] * 2 + [args.focal_area] * args.focal
         boxes = [random_box(*image.shape[1:], area, rng) for area in areas]
@@ -505,9 +505,9 @@ OPERATIONS = {
     "solarize": solarize,
 }
 COLORS = {  # their order and probabilities; the blur needs --blur, because the released code never blurs
-    "reference": {"blur": 1.0, "solarize": 0.0},
+    "reference": {"blur": 1.0},
     "query": {"blur": 0.1, "solarize": 0.2},
-    "focal": {"blur": 0.5, "solarize": 0.0},
+    "focal": {"blur": 0.5},
 }
 
 
@@ -562,7 +562,8 @@ def to_views(batch, args, random_colors=True):
     for kind, chances in COLORS.items():
         x = batch[kind]  # B,3,s,s; the focal queries: B,F,3,s,s
         # With --compile, operations of probability 0 stay, so that reference and query share one graph.
-        chances = {k: p for k, p in chances.items() if (p or args.compile) and (args.blur or k != "blur")}
+        chances = {k: chances.get(k, 0.0) for k in OPERATIONS if args.blur or k != "blur"}
+        chances = {k: p for k, p in chances.items() if p or args.compile}
         colored = augment(x.flatten(0, -4), args.compile, **chances) if random_colors else normalize(x)
         views[kind] = colored.view(x.shape)
     # The crop boxes determine where each query patch lies in the reference: the targets of the position loss.
@@ -591,8 +592,10 @@ def build_encoder(args, image_size, **more):
 def build_model(args):
     """The LOCA that the settings describe, on the CPU. Raises ValueError if sizes do not fit together."""
     encoder = build_encoder(args, args.image_size)
+    if encoder.patch_size != args.patch_size:
+        raise ValueError(f"the encoder has patches of {encoder.patch_size} pixels, not {args.patch_size}")
     encoder.grad_checkpoint = args.grad_checkpoint
-    if args.position_std:
+    if args.position_std and hasattr(encoder, "pos_embed"):
         nn.init.normal_(encoder.pos_embed, std=args.position_std)
     # The settings of LOCA are the flags of the same names.
     names = [name for name in inspect.signature(loca.LOCA).parameters if hasattr(args, name)]
@@ -1221,7 +1224,7 @@ def main(args, images=None):
         f"{steps_per_epoch} steps per epoch, {len(val_images)} held out; encoder of {size:.1f} M parameters; "
         f"{total_steps} steps; in {out}"
     )
-    if args.data and len(train_images) < 20000 and not (args.small or args.init):
+    if (args.data or images) and len(train_images) < 20000 and not (args.small or args.init):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
     saved_at = time.monotonic()
     held_out = functools.lru_cache(500)(Views(val_images, args).__getitem__)  # decoded and cropped only once
@@ -1302,7 +1305,7 @@ def main(args, images=None):
 
     # ---- end ----
     end_processes()
-    files = "last.pt, encoder.pt (timm's names), metrics.jsonl, settings.json"
+    files = "last.pt, encoder.pt, metrics.jsonl, settings.json"
     if rank == 0 and len(val_images) and not args.single_image:
         files += ", predictions.png"
         shown = np.unique(np.linspace(0, len(val_images) - 1, 5).astype(int)).tolist()  # evenly spaced
@@ -1312,7 +1315,7 @@ def main(args, images=None):
     if accuracy is not None:
         say(f"held-out position accuracy {accuracy:.2%}, {accuracy * model.positions:.1f} times chance")
     say(f"{out}: {files}")
-    flags = f" --data NAME:DIR --init {out}/last.pt" if args.data else f" --init {out}/last.pt"
+    flags = f"{' --data NAME:DIR' if args.data or images else ''} --init {out}/last.pt"
     say(f"next: python finetune_seg.py{flags}{' --small' if args.small else ''}")
 
 
@@ -1490,7 +1493,9 @@ def parse_args(arguments=None, own_images=False):
         parser.error("--position-weight 0 without the feature loss leaves no loss to train")
     try:
         with torch.device("meta"):
-            build_model(args)
+            encoder = build_model(args).encoder
+        # A backbone of your own has its own sizes: the checkpoint must record those.
+        vars(args).update({name: getattr(encoder, name) for name in ("dim", "heads", "mlp_dim")})
     except ValueError as error:
         parser.error(f"{error}: see --patch-size, --heads, --dim, --masking-ratio, --query-tokens")
     return args

@@ -2497,6 +2497,12 @@ def test_decoder_and_frozen_encoder():
     model(images).sum().backward()
     assert not model.encoder.training and model.decoder.training and model.encoder.pos_embed.grad is None
     assert sum(len(g["params"]) for g in finetune_seg.parameter_groups(model, 0.3, 0.5)) == 2
+    encoder = loca.ViT(16, 8, 16, 2, 2, 32)
+    encoder.blocks[0].requires_grad_(False)  # frozen in part by its owner: it stays so
+    trained = {
+        name: p.requires_grad for name, p in finetune_seg.Segmenter(encoder, 5).encoder.named_parameters()
+    }
+    assert trained == {name: not name.startswith("blocks.0.") for name in trained}
 
 
 def test_steps_are_nesterovs_with_polynomial_decay(seg, tmp_path, monkeypatch):
@@ -2695,6 +2701,7 @@ def test_an_unreadable_image_ends_the_process(tmp_path):
     save(tmp_path / "images/val/1.png", (tmp_path / "images/val/1.png").read_bytes()[:60])
     codes, said = start(finetune_seg, f"{TINY_SEG} --workers 1 --data folder:{tmp_path} --out {tmp_path}/run")
     assert codes == [1] and re.search("\nerror: cannot evaluate: .*val/1.png: .*\n$", said)
+    assert saved(tmp_path / "run")["step"] == 3  # the step is saved before its evaluation
 
 
 REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: flags of training; what is said

@@ -1030,7 +1030,7 @@ def held_out_batches(views, args, device, indices):
 def evaluate(model, teacher, views, args, world_size, device, indices):
     """Held-out losses and metrics, and how spread out the features are -> dict of floats. Each process gives
     the `indices` of as many images; stochastic depth is off."""
-    both = nn.ModuleList(filter(None, (model, teacher))).eval()
+    both = nn.ModuleList(part for part in (model, teacher) if part is not None).eval()
     sums, tokens = 0.0, []
     for _, batch in held_out_batches(views, args, device, indices):
         with autocast(args.precision, device):
@@ -1134,7 +1134,7 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
 @torch.no_grad()
 def draw_predictions(model, teacher, views, args, device, indices, side=160):
     """Draw held-out images as puzzles, one a row. All patches of the random query are placed."""
-    both = nn.ModuleList(filter(None, (model, teacher))).eval()
+    both = nn.ModuleList(part for part in (model, teacher) if part is not None).eval()
     read, batch = next(held_out_batches(views, args, device, indices))
     tokens = teacher.encoder(batch["reference"]) if model.needs_teacher else None  # B,N,D
     context = model.encode_context(batch["reference"], tokens, model.choose_visible(device))
@@ -1295,7 +1295,7 @@ def main(args, images=None):
                     save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, **more)
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
                     save_checkpoint(out / "last.pt", args, done, modules, **more)
-                    encoder = (teacher or model).encoder.state_dict()
+                    encoder = (model if teacher is None else teacher).encoder.state_dict()
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
             if stopping:

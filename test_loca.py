@@ -1470,7 +1470,7 @@ def test_every_option_runs(photos, tmp_path):
     options = f"""
         --accumulate 2 --compile --grad-checkpoint --blur --keep 2 --clip 0 --tensorboard --masking unstructured
         --model Ti/16 --warmup-epochs 1 --data {photos} --val {photos} --large-area 0.5 1 --focal-area 0.1 0.3
-        --position-weight 0.5 --feature-weight 2 --val-every 2 --out {tmp_path}
+        --position-weight 0.5 --feature-weight 2 --val-every 2 --decode-size 64 --out {tmp_path}
     """
     torch._dynamo.utils.counters.clear()
     with torch.compiler.set_stance("default", force_backend="eager"):

@@ -1109,8 +1109,9 @@ def predict(args):
 
 # ---------------------------------------------------------------------------------------------------- main
 
+NOT_IN_OLD_CHECKPOINTS = {"decoder": "linear"}  # settings that earlier versions did not have
 MAY_CHANGE = {  # settings that a resumed run may change
-    "data", "folder", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
+    "data", "folder", "classes", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
     "lr", "clip", "evaluations", "window", "stride", "multi_scale",
 }  # fmt: skip
 
@@ -1147,7 +1148,7 @@ def main(args):
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
-    defaults = vars(make_parser().parse_args([]))
+    defaults = vars(make_parser().parse_args([])) | NOT_IN_OLD_CHECKPOINTS
     saved = train.load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     if saved and saved["classes"] != classes:
@@ -1454,7 +1455,7 @@ def parse_args(arguments=None):
     else:
         if args.eval_only:
             fill(args, {"checkpoint": str(Path(args.out or preset["out"], "best.pt"))})
-        saved = {"decoder": "linear", **settings_of_checkpoint(args.checkpoint, parser)}
+        saved = {**NOT_IN_OLD_CHECKPOINTS, **settings_of_checkpoint(args.checkpoint, parser)}
         if args.data is None:
             args.name, args.folder = saved["name"], saved["folder"]
             fill(args, {"pairs": saved.get("pairs")})

@@ -1633,7 +1633,7 @@ ZERO = "starts from scratch: its weights are all zero"
 PARTS_LOADED = {  # kind of file: what is said of the student's predictor, its head, the teacher's head
     "own": ("loaded", "loaded", "loaded"),
     "released": (NOT_ALL, "loaded", "loaded"),  # another grid
-    "offered": ("loaded, but norm.bias, norm.weight starts from scratch", "loaded", "loaded"),
+    "offered": ("loaded, except norm.bias and norm.weight, from scratch", "loaded", "loaded"),
     "dead head": ("loaded", ZERO, ZERO),
     "encoder": (NOT_ALL, NOT_ALL, NOT_ALL),
 }

@@ -409,9 +409,8 @@ def read_batches(dataset, workers, device, **sampling):
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[
-            -1
-        ]  # a worker's error ends with its own message
+        # A worker's error ends with its own message.
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
         for known, remedy in LOADER_ERRORS.items():
             if re.search(known, repr(error)):
                 fail(f"cannot read the images: {reason}; {remedy}")
@@ -641,7 +640,7 @@ def init_head(head, weights, prefix):
     if any(x.abs().max() < 1e-12 for x in fits.values() if x.ndim > 1):
         return "starts from scratch: its weights are all zero"
     head.load_state_dict({**own, **fits})
-    return "loaded" + (f", but {', '.join(fresh)} starts from scratch" if fresh else "")
+    return "loaded" + (f", except {' and '.join(fresh)}, from scratch" if fresh else "")
 
 
 def init_from(path, model, teacher):

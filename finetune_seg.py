@@ -1014,13 +1014,6 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, widt
 # -------------------------------------------------------------------------------------- evaluate and predict
 
 
-def join_processes(args):
-    """Join the other processes and choose the precision -> rank, number of processes, device."""
-    rank, world_size, device = train.init_distributed(args.device)
-    args.precision = args.precision or train.default_precision(device)
-    return rank, world_size, device
-
-
 def load_segmenter(args, device):
     """The model in --checkpoint, in evaluation mode, and the contents of the file."""
     content = loca.read_torch_file(args.checkpoint)
@@ -1031,7 +1024,8 @@ def load_segmenter(args, device):
 
 def evaluate_only(args):
     """Evaluate a checkpoint on a split; write results.json and predictions.png."""
-    rank, world_size, device = join_processes(args)
+    rank, world_size, device = train.init_distributed(args.device)
+    args.precision = args.precision or train.default_precision(device)
     model, content = load_segmenter(args, device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
@@ -1075,7 +1069,8 @@ def name_results(paths, out):
 def predict(args):
     """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices), and
     once classes.txt, which makes the masks valid ones of folder:DIR."""
-    rank, world_size, device = join_processes(args)
+    rank, world_size, device = train.init_distributed(args.device)
+    args.precision = args.precision or train.default_precision(device)
     model, content = load_segmenter(args, device)
     classes, palette, listing = content["classes"], content["palette"], Path(args.out, "classes.txt")
     results, failed, lines = name_results(args.predict, args.out), 0, class_list(classes, palette).encode()
@@ -1119,7 +1114,8 @@ MAY_CHANGE = {  # settings that a resumed run may change
 def main(args):
     """Fine-tune with these settings, resuming from the last checkpoint in --out if there is one."""
     # ---- processes: torchrun's environment, or a single one ----
-    rank, world_size, device = join_processes(args)
+    rank, world_size, device = train.init_distributed(args.device)
+    args.precision = args.precision or train.default_precision(device)
     out = Path(args.out)
 
     # ---- data ----
@@ -1205,7 +1201,7 @@ def main(args):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             train.check_finite(record, done)
-            stopping = train.total([float(stop.signal is not None)], device)[0] > 0
+            stopping = done < total_steps and train.total([float(stop.signal is not None)], device)[0] > 0
             rate = max(group["lr"] for group in optimizer.param_groups)
             record |= {"lr": rate, "memory_gib": train.peak_memory(device)}
             say(
@@ -1213,7 +1209,7 @@ def main(args):
                 f"{record['loss']:.3f} | lr {rate:.1e} | {record['images_per_second']:.1f} img/s | waiting for "
                 f"data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB"
             )
-            if evaluate_now and not (stopping and done < total_steps):
+            if evaluate_now and not stopping:
                 if rank == 0:  # an evaluation can fail, at a damaged photo for example
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                 say(f"evaluating {len(val_images)} images")
@@ -1235,7 +1231,7 @@ def main(args):
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                     saved_at = time.monotonic()
-            if stopping and done < total_steps:
+            if stopping:
                 say(f"stopped: saved at step {done}; run the same command to resume")
                 train.end_processes()  # waits until the first one has saved
                 sys.exit(train.EXIT_STOPPED)

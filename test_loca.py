@@ -1882,6 +1882,20 @@ def test_a_damaged_checkpoint_is_refused_and_left(script, damage, whole, tmp_pat
 
 
 @both_scripts
+def test_a_run_of_an_earlier_version_goes_on_as_it_was(script, whole, tmp_path):
+    """It decoded every photograph at full size, and its decoder was the linear one."""
+    content = saved(whole[script][1])
+    del content["settings"]["decode_size" if script is train else "decoder"]
+    torch.save(content, tmp_path / "last.pt")
+    flags = f"{whole[script][0]} --out {tmp_path}"
+    if script is train:
+        assert "saved with --decode-size 0, not 512" in fails(script, flags)
+        flags += " --decode-size 0"
+    run(script, flags)
+    assert equal(weights(tmp_path), weights(whole[script][1]))
+
+
+@both_scripts
 def test_settings_of_a_resumed_run(script, whole, tmp_path, capsys):
     flags, out, run_out = f"{whole[script][0]} --out {tmp_path}/run", whole[script][1], tmp_path / "run"
     shutil.copytree(out, run_out)

@@ -1159,6 +1159,7 @@ def draw_predictions(model, teacher, views, args, device, indices, side=160):
 
 # ------------------------------------------------------------------------------------------------------- main
 
+NOT_IN_OLD_CHECKPOINTS = {"decode_size": 0}  # what earlier versions did, without a setting
 MAY_CHANGE = {  # settings that a resumed run may change
     "data", "val", "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes",
     "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr", "warmup_epochs", "clip",
@@ -1198,7 +1199,7 @@ def main(args, images=None):
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
-    defaults = vars(make_parser().parse_args([]))
+    defaults = vars(make_parser().parse_args([])) | NOT_IN_OLD_CHECKPOINTS
     saved = load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
     start_step, accuracy = (saved["step"], saved.get("accuracy")) if saved else (0, None)
     if start_step >= total_steps:

@@ -5,19 +5,17 @@ reference patch shows the same content (position loss) and which cluster a slowl
 that patch (feature loss). This file is the whole method. It needs only torch; read it from top to bottom.
 
 Shape letters: B images, F focal queries per image, N reference tokens, K kept or visible tokens, T query
-tokens per image, D width, E bottleneck width, P prototypes. A target is the index of a reference token in
-raster order; -1 means that the query patch has no counterpart.
+tokens per image, D width, E bottleneck width, P prototypes. A target is a reference token's index, or -1.
 """
 
 import argparse
 import copy
-import itertools
+import functools
 import math
 import os
 import re
 import sys
 import warnings
-import zipfile
 from collections import OrderedDict
 
 import torch
@@ -35,7 +33,7 @@ SIZES = {
 }
 
 
-# ------------------------------------------------------------------------------------ transformer blocks
+# ----------------------------------------------------------------------------------- vision transformer
 
 
 def gather_tokens(tokens, index):
@@ -46,8 +44,7 @@ def gather_tokens(tokens, index):
 
 def lecun_normal_(weight):
     """Truncated normal with variance 1 / fan-in, as in JAX."""
-    # Truncation at 2 sigma reduces the standard deviation to 0.8796 of its value.
-    std = weight[0].numel() ** -0.5 / 0.87962566103423978
+    std = weight[0].numel() ** -0.5 / 0.87962566103423978  # truncation at 2 sigma reduces it by this factor
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
@@ -71,10 +68,8 @@ def multi_head(q, k, v, heads):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B, N, D].
-
-    attend: indices [K] or [B, K] of the tokens that serve as keys and values; all tokens if None.
-    """
+    """Multi-head self-attention over tokens [B, N, D]. attend: indices [K] or [B, K] of the tokens that serve
+    as keys and values; all tokens if None."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -118,11 +113,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block over [B, N, D].
-
-    branch_scale: stochastic depth, [2, B, 1, 1] from ViT.draw_branch_scale; None keeps both residual
-    branches. The rate is not an attribute of the block, so torch.compile reuses one graph for all blocks.
-    """
+    """Pre-norm transformer block over [B, N, D]. branch_scale: [2, B, 1, 1] from ViT.draw_branch_scale. It is
+    not an attribute of the block, so torch.compile reuses one graph for all blocks."""
 
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
@@ -139,17 +131,12 @@ class Block(nn.Module):
         return torch.addcmul(x, self.mlp(self.norm2(x)), branch_scale[1])
 
 
-# ---------------------------------------------------------------------------------------------------- ViT
-
-
 class ViT(nn.Module):
     """Vision transformer with timm's parameter names (paper section 3, released code).
 
     image_size: size in pixels, one number or (height, width), of the position embedding; forward takes any
     size divisible by `patch_size`. drop_path: stochastic depth rate of the last block; it rises linearly from
-    0 at the first. class_token: add a class token, as in DINO, MAE and most timm models; LOCA has none.
-    Raises ValueError if the patch size does not divide the image size, or the number of heads does not divide
-    the width.
+    0. class_token: as in DINO, MAE and most timm models; LOCA has none. ValueError if sizes do not divide.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, mlp_dim, drop_path=0.1, class_token=False):
@@ -172,29 +159,23 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def position_embedding(self, grid):
-        """Position embedding of the patches, resized to `grid` = (rows, columns): [1, rows * columns, D]."""
-        patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]  # skip the class token's entry
-        return resize_position_embedding(patches, self.grid, grid)
-
     def draw_branch_scale(self, batch, device):
         """Stochastic depth (Huang et al. 2016) for all blocks at once: [depth, 2, B, 1, 1], where 0 drops a
         residual branch of a sample and 1 / survive rescales a kept one. None if nothing is dropped."""
         if not self.training or self.drop_path == 0:
             return None
-        depth = len(self.blocks)
         # The rate rises linearly with depth, because early blocks affect all later ones.
-        survive = torch.linspace(1, 1 - self.drop_path, depth, device=device).view(-1, 1, 1, 1, 1)
-        return (torch.rand(depth, 2, batch, 1, 1, device=device) < survive) / survive
+        survive = torch.linspace(1, 1 - self.drop_path, len(self.blocks), device=device).view(-1, 1, 1, 1, 1)
+        return (torch.rand(len(survive), 2, batch, 1, 1, device=device) < survive) / survive
 
     def forward(self, images, keep=None, position=True, attend=None):
-        """Encode images [B, 3, H, W] -> patch tokens [B, N, D], or [B, K, D] with `keep`, after the last norm.
+        """Encode images [B, 3, H, W] -> patch tokens [B, N, D], or [B, K, D] with `keep`, after the norm.
 
         keep: indices [K] or [B, K] of the tokens that enter the blocks. position: add the position embedding.
         attend: indices [K'] or [B, K'] of the tokens that all tokens attend to (the single-image mechanism).
         """
-        if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
-            size = tuple(images.shape[-2:])
+        size = tuple(images.shape[-2:])
+        if any(side % self.patch_size for side in size):
             raise ValueError(f"the patch size {self.patch_size} does not divide the image size {size}")
         # Patches become tokens. A random query keeps some of them, after the position embedding is added.
         x = self.patch_embed(images)  # B,D,rows,columns
@@ -202,7 +183,8 @@ class ViT(nn.Module):
         # Make x contiguous and float32. Otherwise all blocks inherit the convolution's layout and bf16.
         x = x.flatten(2).transpose(1, 2).contiguous().to(self.pos_embed.dtype)  # B,N,D
         if position:
-            x = x + self.position_embedding(grid)
+            patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]  # without the class token's entry
+            x = x + resize_position_embedding(patches, self.grid, grid)
         if keep is not None:
             x = gather_tokens(x, keep)  # B,K,D
         if self.cls_token is not None:
@@ -211,11 +193,9 @@ class ViT(nn.Module):
 
         scale = self.draw_branch_scale(len(x), x.device)
         for i, block in enumerate(self.blocks):
-            arguments = (x, attend, None if scale is None else scale[i])
-            if i < self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
+            if i < self.grad_checkpoint:
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            x = block(x, attend, None if scale is None else scale[i])
         return self.norm(x)[:, 0 if self.cls_token is None else 1 :]
 
 
@@ -261,10 +241,8 @@ class ProjectionHead(nn.Module):
 
 
 class PositionPredictor(nn.Module):
-    """Query tokens [B, T, D], visible reference tokens [B, K, D] -> logits over positions [B, T, N].
-
-    One cross-attention block is the only place where queries see the reference (paper section 3.1).
-    """
+    """Query tokens [B, T, D], visible reference tokens [B, K, D] -> logits over positions [B, T, N]. One
+    cross-attention block is the only place where queries see the reference (paper section 3.1)."""
 
     def __init__(self, dim, heads, mlp_dim, positions):
         super().__init__()
@@ -282,17 +260,16 @@ class PositionPredictor(nn.Module):
         return self.logits(self.norm(x))
 
 
-# --------------------------------------------------------------------------------------------- correspondence
+# ---------------------------------------------------------------------------- correspondence and masking
 
 
 def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
-    """Find the reference patch that shows the same content as each query patch.
+    """Find the reference patch that shows the same content as each query patch, exactly: the three nearest-
+    neighbor samplings of the released pipeline, in integer arithmetic.
 
-    Exact: reproduces the three nearest-neighbor samplings of the released pipeline in integer arithmetic.
-    reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...],
-    whether the query was mirrored left-right. view: side of the query in pixels. grid, reference_grid:
-    patches per side of the query and of the reference. Returns long [..., grid * grid], the position
-    row * reference_grid + column, or -1 where the query patch lies outside the reference.
+    reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], True
+    for mirrored queries. view: side of the query in pixels. grid, reference_grid: patches per side. Returns
+    long [..., grid * grid]: row * reference_grid + column, or -1 for a query patch outside the reference.
     """
     # The pixel at the center of each patch of the query, along one axis.
     pixel = (2 * torch.arange(grid, device=query_box.device) + 1) * view // (2 * grid)
@@ -312,10 +289,8 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
     return targets.masked_fill((rows < 0) | (columns < 0), -1).flatten(-2)  # ...,grid*grid
 
 
-# ------------------------------------------------------------------------------------------------ masking
-
-# Which tokens stay visible: (rows, columns, count, device) -> `count` different indices into the grid, drawn once
-# for all images of a micro-batch. --masking offers every entry. The host never waits for the device.
+# Which tokens stay visible: (rows, columns, count, device) -> `count` different indices into the grid, drawn
+# once for all images of a micro-batch. --masking offers every entry. The host never waits for the device.
 MASKING = {
     "consecutive": lambda rows, columns, count, device: (
         torch.randint(rows * columns - count + 1, (1,), device=device) + torch.arange(count, device=device)
@@ -323,7 +298,7 @@ MASKING = {
     "first": lambda rows, columns, count, device: torch.arange(count, device=device),
     "unstructured": lambda rows, columns, count, device: torch.randperm(rows * columns, device=device)[
         :count
-    ],  # fmt: skip
+    ],  # a random subset
 }
 
 
@@ -352,8 +327,7 @@ def sum_over_processes(x):
 def position_loss(logits, targets):
     """Cross-entropy over the query patches that have a target: logits [B, T, N], targets [B, T] -> loss and
     accuracy, both 0 for a batch without targets."""
-    # Losses are computed in float32, regardless of the network's precision.
-    logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT
+    logits, targets = logits.float().flatten(0, 1), targets.flatten()  # BT,N and BT; losses are float32
     count = (targets >= 0).sum() + 1e-8
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
     return loss, (logits.detach().argmax(-1) == targets).sum() / count
@@ -370,11 +344,9 @@ def position_distance(logits, targets, columns):
 
 @torch.no_grad()
 def sinkhorn(scores, temperature=0.05, rounds=3):
-    """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P].
-
-    Each round normalizes every prototype over all samples on all devices, then every sample over all
-    prototypes, so rows sum to 1 (Caron et al. 2020; here after a softmax, as released).
-    """
+    """Soft cluster assignments that use all prototypes equally: scores [M, P] -> float32 [M, P]. Each round
+    normalizes every prototype over all samples on all devices, then every sample over all prototypes, so rows
+    sum to 1 (Caron et al. 2020; here after a softmax, as released)."""
     kernel = (scores.float() / temperature).softmax(-1)  # M,P
     tiny = torch.finfo(kernel.dtype).tiny  # a prototype without nearby samples stays 0 instead of 0 / 0
     rows = kernel.new_ones(len(kernel))  # M
@@ -389,11 +361,9 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
 
 
 def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
-    """Cross-entropy with the teacher's assignments plus the mean-entropy term (paper section 3.2).
-
-    features [B, T, E] and prototypes [P, E] are unit vectors, assignments [B, N, P] come from sinkhorn,
-    targets [B, T]. Returns loss, cross-entropy alone, and perplexity of the mean prediction (1..P).
-    """
+    """Cross-entropy with the teacher's assignments plus the mean-entropy term (paper section 3.2). Unit vectors:
+    features [B, T, E], prototypes [P, E]. From sinkhorn: assignments [B, N, P]. targets [B, T]. Returns loss,
+    cross-entropy alone, and perplexity of the mean prediction (1..P)."""
     scores = features @ (prototypes / temperature).T  # B,T,P
     log_p = scores.log_softmax(-1, dtype=torch.float32)
 
@@ -410,19 +380,19 @@ def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
     return cross_entropy + negative_entropy, cross_entropy.detach(), (-negative_entropy.detach()).exp()
 
 
-# --------------------------------------------------------------------------------------------------- LOCA
+# ----------------------------------------------------------------------------------- LOCA and its teacher
 
 
 class LOCA(nn.Module):
     """Encoder, projection head and position predictor with their training loss (paper section 3).
 
-    encoder: a ViT whose image size is that of the reference. prototypes: P; 0, like a feature_weight of 0, trains
-    with the position loss alone. masking_ratio: eta, the share of reference tokens hidden from the queries.
-    masking: a key of MASKING. query_tokens: number of tokens of the random query that are encoded; 0 means 5/14
-    of them, as published. reference_encoder: 'teacher', or 'student', which encodes the visible reference tokens
-    alone and learns from them. query_position: whether queries get the position embedding. single_image: no
-    reference; a view without a position embedding attends to a random share 1 - eta of its own tokens and
-    predicts its own positions (Zhai et al. 2022, the comparison in the paper's figures 2 and 3).
+    encoder: a ViT whose image size is that of the reference. prototypes: P; 0, like a feature_weight of 0,
+    trains with the position loss alone. masking_ratio: eta, the share of reference tokens hidden from queries.
+    masking: a key of MASKING. query_tokens: encoded tokens of the random query; 0 means 5/14, as published.
+    reference_encoder: 'teacher', or 'student', which encodes and learns from the visible reference tokens
+    alone. query_position: whether queries get the position embedding. single_image: no reference; a view
+    without position embedding attends to a random share 1 - eta of its own tokens and predicts its own
+    positions (Zhai et al. 2022, the comparison in the paper's figures 2 and 3).
     """
 
     def __init__(
@@ -450,22 +420,19 @@ class LOCA(nn.Module):
         self.query_tokens = query_tokens or self.positions * 5 // 14
         if not 1 <= self.query_tokens <= self.positions:
             raise ValueError(f"cannot draw {self.query_tokens} query tokens from {self.positions}")
-        # As published, the teacher encodes the reference. The position loss alone needs no teacher: there, the
-        # student encodes the reference, and queries get no position embedding.
+        # As published, the teacher encodes the reference. The position loss alone needs no teacher: the student
+        # encodes the reference, and queries get no position embedding.
         with_features = bool(prototypes and feature_weight) and not single_image
-        if reference_encoder == "published":
-            reference_encoder = "teacher" if with_features else "student"
-        if query_position == "published":
-            query_position = with_features
-        self.reference_encoder, self.query_position = reference_encoder, query_position
-        self.needs_teacher = with_features or reference_encoder == "teacher"
+        published = "teacher" if with_features else "student"
+        self.reference_encoder = published if reference_encoder == "published" else reference_encoder
+        self.query_position = with_features if query_position == "published" else query_position
+        self.needs_teacher = with_features or self.reference_encoder == "teacher"
         self.masking, self.single_image = "unstructured" if single_image else masking, single_image
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.position_weight, self.feature_weight = position_weight, feature_weight if with_features else 0.0
         self.predictor = PositionPredictor(encoder.dim, encoder.heads, encoder.mlp_dim, self.positions)
-        self.head = (
-            ProjectionHead(encoder.dim, head_hidden, bottleneck, prototypes) if with_features else None
-        )
+        sizes = (encoder.dim, head_hidden, bottleneck, prototypes)
+        self.head = ProjectionHead(*sizes) if with_features else None
         if single_image:
             encoder.pos_embed.requires_grad_(False)  # it is never used
 
@@ -474,17 +441,17 @@ class LOCA(nn.Module):
 
         views: reference [B, 3, S, S], query [B, 3, S, S], query_targets [B, N], focal [B, F, 3, s, s],
         focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher, if
-        `needs_teacher`. visible [K] or [B, K]: reference tokens that the queries see. keep: tokens of the random
-        query that are encoded. Both are drawn at random if None.
+        `needs_teacher`. visible [K] or [B, K]: reference tokens that the queries see. keep: tokens of the
+        random query that are encoded. Both are drawn at random if None.
 
-        Returns a dict of scalars: loss (with gradient), position_loss (ln N at chance), position_accuracy (0..1),
-        position_distance (in patches) and feature_loss. If the feature loss is trained, also its part
-        cross_entropy (ln P at chance) and two metrics that reveal collapse: prototype_perplexity (1..P) and
-        target_entropy (0..ln P). train.py averages, prints and logs every entry.
+        Returns a dict of scalars, all of which train.py prints: loss (with gradient), position_loss (ln N at
+        chance), position_accuracy (0..1), position_distance (in patches) and feature_loss; with the feature
+        loss, also its part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and target_entropy
+        (0..ln P), which reveal collapse.
         """
         reference = views["reference"]
         if visible is None:
-            visible = self.choose_visible(reference.device)
+            visible = MASKING[self.masking](*self.encoder.grid, self.visible_tokens, reference.device)
         if self.needs_teacher and teacher is None:
             raise ValueError("this LOCA needs a teacher: pass loca.make_teacher(model)")
         with torch.no_grad():  # the teacher is updated only by averaging, see update_teacher
@@ -520,20 +487,14 @@ class LOCA(nn.Module):
         loss = self.position_weight * position + self.feature_weight * feature
         return {"loss": loss, "feature_loss": feature.detach(), **losses}
 
-    def choose_visible(self, device):
-        """Draw the reference tokens that the queries see: indices [K]."""
-        return MASKING[self.masking](*self.encoder.grid, self.visible_tokens, device)
-
     def encode_context(self, reference, tokens, visible):
-        """The reference tokens that the queries see [B, K, D]: some of the teacher's `tokens` [B, N, D], or those
-        of a student that never sees the others."""
+        """The reference tokens that the queries see [B, K, D]: the teacher's [B, N, D] or the student's."""
         if self.reference_encoder == "teacher":
             return gather_tokens(tokens, visible)
         return self.encoder(reference, keep=visible)
 
     def encode_queries(self, views, keep=None):
-        """Concatenated tokens of all queries of each image, the random query first [B, T, D], and their
-        targets [B, T]. Arguments as in forward."""
+        """Tokens of all queries of each image, the random query first [B, T, D], and their targets [B, T]."""
         focal, targets, position = views["focal"], views["query_targets"], self.query_position
         if keep is None:
             keep = MASKING["unstructured"](*self.encoder.grid, self.query_tokens, targets.device)
@@ -559,9 +520,6 @@ class LOCA(nn.Module):
         return feature_loss(features, prototypes, assignments, targets, self.student_temperature)
 
 
-# ------------------------------------------------------------------------------------------------- teacher
-
-
 def make_teacher(model):
     """Frozen copy of the encoder and projection head of a LOCA, with the same parameter names. Stochastic
     depth stays active in training mode, as released."""
@@ -578,23 +536,23 @@ def update_teacher(teacher, model, momentum):
 
 
 # ------------------------------------------------------------------------------------- weights in and out
-# Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete.
-# A table is read top-down to rename a file's tensors, and bottom-up to report missing ones by its names.
-# ("attn.query, key, value", "attn.qkv") is only for reports: the three are joined after the renames.
+# Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete. A table
+# is read top-down to rename tensors, and bottom-up to report missing ones by the file's names. "query, key,
+# value" is only for reports, because the three are joined after the renames.
 
 RELEASED_NAMES = (  # in the authors' flax files -> here
     (".kernel", ".weight"), ("norm.scale", "norm.weight"), ("LayerNorm_0.scale", "LayerNorm_0.weight"),
     ("LayerNorm_1.scale", "LayerNorm_1.weight"), ("LayerNorm_2.scale", "LayerNorm_2.weight"),
-    ("ToTokenSequence_0.embedding", "encoder.patch_embed.proj"), ("ToTokenSequence_0.posembed_input", "encoder.pos_embed"),
-    ("encoder_norm", "encoder.norm"), ("encoderblock_", "encoder.blocks."), ("MultiHeadDotProductAttention_0", "attn"),
-    ("attn.out", "attn.proj"), ("MlpBlock_0.Dense_0", "mlp.fc1"), ("MlpBlock_0.Dense_1", "mlp.fc2"),
-    ("cross_attention_block", "predictor"), ("position_predictor", "predictor.logits"), ("final_norm", "predictor.norm"),
-    ("predictor.LayerNorm_0", "predictor.norm_query"), ("predictor.LayerNorm_1", "predictor.norm_context"),
-    ("predictor.LayerNorm_2", "predictor.norm_mlp"), ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"),
-    ("predictor.attn.query", "predictor.attn.q"), ("predictor.attn.key", "predictor.attn.k"),
-    ("predictor.attn.value", "predictor.attn.v"), ("attn.query, key, value", "attn.qkv"),
-    ("projection_head_for_clustering_prediction.Dense_0", "head.fc1"), ("projection_head_for_clustering_prediction.Dense_1", "head.fc2"),
-    ("projection_head_for_clustering_prediction.Dense_2", "head.fc3"), ("projection_head_for_clustering_prediction", "head"),
+    ("ToTokenSequence_0.embedding", "encoder.patch_embed.proj"),
+    ("ToTokenSequence_0.posembed_input", "encoder.pos_embed"), ("encoder_norm", "encoder.norm"),
+    ("encoderblock_", "encoder.blocks."), ("MultiHeadDotProductAttention_0", "attn"), ("attn.out", "attn.proj"),
+    ("MlpBlock_0", "mlp"), ("Dense_0", "fc1"), ("Dense_1", "fc2"), ("Dense_2", "fc3"),
+    ("cross_attention_block", "predictor"), ("position_predictor", "predictor.logits"),
+    ("final_norm", "predictor.norm"), ("predictor.LayerNorm_0", "predictor.norm_query"),
+    ("predictor.LayerNorm_1", "predictor.norm_context"), ("predictor.LayerNorm_2", "predictor.norm_mlp"),
+    ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"), ("predictor.attn.query", "predictor.attn.q"),
+    ("predictor.attn.key", "predictor.attn.k"), ("predictor.attn.value", "predictor.attn.v"),
+    ("attn.query, key, value", "attn.qkv"), ("projection_head_for_clustering_prediction", "head"),
 )  # fmt: skip
 OFFERED_NAMES = (  # in the files offered for download, which older code wrote -> in the released code
     ("final_encoder_norm", "encoder_norm"), ("localizer_block_0", "cross_attention_block"),
@@ -617,14 +575,13 @@ TEACHER_NAME = re.compile(r"(^|[._])(teacher|ema|momentum|target)([._]|$)")
 
 
 def load_weights(path, branch="teacher"):
-    """Read a LOCA or a plain ViT from a file -> its state dict, with a complete 'encoder...' and any entries of
-    'predictor...' and 'head...'. Raises OSError, ImportError, or a one-line ValueError that says what is wrong.
+    """Read a LOCA or a plain ViT from a file -> its state dict, with a complete 'encoder...' and any entries
+    of 'predictor...' and 'head...'. Raises OSError, ImportError, or a one-line ValueError.
 
     Reads this project's checkpoints, the authors' flax files (needs msgpack), and PyTorch or safetensors files
-    of ViTs with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'teacher' or
-    'student', for files that hold both. Attributes of the state dict: sizes, the arguments of the matching ViT;
-    heads_assumed, whether the file does not state the number of heads; prefix, what precedes the names in the
-    file, such as 'teacher_weights.'.
+    with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'teacher' or 'student',
+    for files that hold both. Attributes of the state dict: sizes, the arguments of the matching ViT;
+    heads_assumed, if the file does not state the number of heads; prefix, such as 'teacher_weights.'.
     """
     try:
         return _find_vit(read_entries(path), branch)
@@ -633,14 +590,13 @@ def load_weights(path, branch="teacher"):
     except ImportError as error:
         raise ImportError(f"this needs the package {error.name}: pip install {error.name}") from error
     except Exception as error:  # a damaged file can make a reader raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = error if type(error) is ValueError else f"damaged or not weights ({type(error).__name__})"
         raise ValueError(f"cannot read weights from {path}: {reason}") from error
 
 
 def load_vit(path, branch="teacher", **changes):
-    """The ViT stored in a file, with its own sizes, in evaluation mode. path, branch and errors as in
-    load_weights; `changes` override arguments of ViT, such as heads=12 or drop_path. Warns if it has to assume
-    the number of heads."""
+    """The ViT stored in a file, in evaluation mode. path, branch and errors as in load_weights; `changes`
+    override arguments of ViT, such as drop_path. Warns if it has to assume the number of heads."""
     weights = load_weights(path, branch)
     encoder = ViT(**{**weights.sizes, **changes})
     if weights.heads_assumed and "heads" not in changes:
@@ -651,27 +607,24 @@ def load_vit(path, branch="teacher", **changes):
 
 @torch.no_grad()
 def load_encoder(encoder, state):
-    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT -> the names of the
-    unused entries, such as other projects' heads.
-
-    The position embedding is resized to the ViT's grid. A class token is dropped if the ViT has none. Raises
-    ValueError, and changes nothing, if weights and ViT do not fit together.
-    """
+    """Load the 'encoder.' entries of a state dict, such as load_weights returns, into a ViT. Resizes the
+    position embedding to the ViT's grid, and drops a class token if the ViT has none. Raises ValueError, and
+    changes nothing, if weights and ViT do not fit together."""
     sizes = getattr(state, "sizes", None) or _vit_sizes(state)
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
-    has_token = "cls_token" in state
-    token, patches = state["pos_embed"].tensor_split([int(has_token)], dim=1)  # 1,0 or 1,D and 1,N,D
+    token, patches = state["pos_embed"].tensor_split(
+        [int("cls_token" in state)], dim=1
+    )  # 1,0 or 1,D and 1,N,D
     if grid != encoder.grid:
         patches = resize_position_embedding(patches.float(), grid, encoder.grid)
-    if has_token and encoder.cls_token is None:
-        del state["cls_token"]
+    if encoder.cls_token is None:
+        state.pop("cls_token", None)
         token = token[:, :0]
     state["pos_embed"] = torch.cat([token, patches], dim=1)
     own = encoder.state_dict()
     _check_fit(own, state, f"the weights do not fit this encoder of {len(own)} tensors")
     encoder.load_state_dict({key: state[key] for key in own})
-    return sorted(state.keys() - own.keys())
 
 
 def published_to_state_dict(flat):
@@ -681,8 +634,8 @@ def published_to_state_dict(flat):
 
 
 def read_entries(path):
-    """All entries of a weights file by name, {'teacher.encoder.norm.weight': tensor, 'step': 3, ...}; the names in
-    nested dicts are joined by dots. In a folder, reads its only weights file. Errors as in load_weights."""
+    """All entries of a weights file by name, {'teacher.encoder.norm.weight': tensor, 'step': 3, ...}: names
+    in nested dicts are joined by dots. In a folder, reads its only weights file. Errors as in load_weights."""
     if os.path.isdir(path):
         files = [file for file in os.listdir(path) if file in ("model.safetensors", "pytorch_model.bin")]
         if len(files) != 1:
@@ -721,17 +674,18 @@ def read_torch_file(path):
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
         reason = f"it is damaged, or torch.save did not write it ({type(error).__name__})"
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it holds an object of class {unsafe[1]}, which could run code when loaded; in the "
-            reason += "program that wrote it, save only the state dict: torch.save(model.state_dict(), FILE)"
+            reason = (
+                f"it holds an object of class {unsafe[1]}, which could run code; save only the state dict"
+            )
         elif "TorchScript" in str(error):
             reason = "it is a TorchScript program; save only the state dict of torch.jit.load(FILE)"
-        elif zipfile.is_zipfile(path) and ".npy" in str(zipfile.ZipFile(path).namelist()):
-            reason = "it is a NumPy archive (.npz); if timm has this model, use --encoder timm:NAME"
+        elif str(path).endswith(".npz"):
+            reason = "it is a NumPy archive; if timm has this model, use --encoder timm:NAME"
         raise ValueError(reason) from error
 
 
 def read_flax_file(path):
-    """The nested dicts in a flax file (msgpack). Entries of unknown types are None. ValueError if damaged."""
+    """The nested dicts in a flax file (msgpack); entries of unknown types are None."""
     import msgpack
 
     def array(code, payload):  # code 1: an array, 3: a numpy scalar, both as (shape, dtype name, bytes)
@@ -739,28 +693,19 @@ def read_flax_file(path):
         if buffer and hasattr(torch, dtype):
             return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
 
-    def join(tree):  # arrays over 1 GiB are split into chunks named "0", "1", ..., and so are their shapes
-        if "__msgpack_chunked_array__" not in tree:
-            return tree
-        chunks, shape = ([tree[key][i] for i in sorted(tree[key], key=int)] for key in ("chunks", "shape"))
-        return torch.cat(chunks).reshape(shape)
-
-    try:
-        with open(path, "rb") as file:
-            return msgpack.unpackb(file.read(), ext_hook=array, object_hook=join, strict_map_key=False)
-    except Exception as error:  # a damaged file can make msgpack or torch raise anything
-        reason = f"damaged, or not a PyTorch, safetensors or flax file ({type(error).__name__})"
-        raise ValueError(reason) from error
+    with open(path, "rb") as file:
+        return msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
 
 
 def _find_vit(entries, branch):
     """What load_weights returns, from the entries of a file."""
-    # Patch embeddings tell where in the file there are ViTs: teacher, student, an optimizer's moments. Among those
-    # of the wanted branch, take the one with the shortest prefix.
+    # Patch embeddings tell where in the file there are ViTs: teacher, student, an optimizer's moments. Among
+    # those of the wanted branch, take the one with the shortest prefix.
     found = {}
-    for name, (patch, renames) in itertools.product(entries, NAMINGS.items()):
-        if f".{name}".endswith(f".{patch}") and not name.startswith("opt"):
-            found[name.removesuffix(patch)] = renames
+    for name in entries:
+        for patch, renames in NAMINGS.items():
+            if f".{name}".endswith(f".{patch}") and not name.startswith("opt"):
+                found[name.removesuffix(patch)] = renames
     if not found:
         top = ", ".join(sorted({name.split(".")[0] for name in entries})[:20])
         raise ValueError(f"no ViT found: no entry ends in {' or '.join(NAMINGS)}; it holds {top}")
@@ -782,16 +727,10 @@ def _find_vit(entries, branch):
         known["depth"] = 1 + max(map(int, re.findall(r"encoderblock_(\d+)", " ".join(entries))))
     elif re.search("(momentum|base)_encoder", prefix) and state["encoder.pos_embed"].shape[-1] == 384:
         known["heads"] = 12
-
-    def to_file_name(name):
-        for theirs, ours in reversed(renames):
-            name = name.replace(ours, theirs, 1)
-        return prefix + name
-
     state.sizes, state.heads_assumed, state.prefix = _vit_sizes(state, **known), not known["heads"], prefix
     with torch.device("meta"):
         own = {f"encoder.{name}": x for name, x in ViT(**state.sizes).state_dict().items()}
-    _check_fit(own, state, "its encoder is not a complete plain ViT", to_file_name)
+    _check_fit(own, state, "its encoder is not a complete plain ViT", renames, prefix)
     return state
 
 
@@ -821,16 +760,15 @@ def _to_our_names(tensors, renames):
 
 
 def _vit_sizes(state, heads=None, image_size=None, depth=None):
-    """The arguments of ViT that match a state dict. Its tensors do not determine `heads` and `image_size`. If
-    None, `heads` is the usual number for the width, and the image is square."""
+    """The arguments of ViT that match a state dict. If `heads` and `image_size`, which its tensors do not
+    determine, are None: the usual number for the width, and a square image."""
     kernel, missing = state["encoder.patch_embed.proj.weight"], torch.empty(1, 1)
     hidden, class_token = state.get("encoder.blocks.0.mlp.fc1.weight", missing), "encoder.cls_token" in state
+    dim, patch_size = len(kernel), kernel.shape[-1]
     tokens = state.get("encoder.pos_embed", missing).shape[1] - class_token
-    dim, patch_size, side = len(kernel), kernel.shape[-1], math.isqrt(tokens)
-    if image_size is None and side**2 != tokens:
-        problem = f"its position embedding has {tokens} patch tokens, which is not a square number"
-        raise ValueError(f"{problem}: a rectangular grid, or register or distillation tokens")
-    image_size = image_size or side * patch_size
+    if image_size is None and math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"its {tokens} patch positions are not a square grid (are there register tokens?)")
+    image_size = image_size or math.isqrt(tokens) * patch_size
     image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     heads = heads or {size["dim"]: size["heads"] for size in SIZES.values()}.get(dim, max(1, dim // 64))
     blocks = re.findall(r"(?<!\S)encoder\.blocks\.(\d+)", " ".join(state))
@@ -839,9 +777,9 @@ def _vit_sizes(state, heads=None, image_size=None, depth=None):
     return {"image_size": image_size, **sizes, "class_token": class_token}
 
 
-def _check_fit(own, state, problem, to_file_name=str):
-    """Raise a ValueError, `problem` and the names, unless a state dict has a ViT's own tensors in their shapes and no
-    other parts of a ViT. Other projects' heads, decoders and buffers do not count."""
+def _check_fit(own, state, problem, renames=(), prefix=""):
+    """Raise a ValueError, `problem` and the file's names, unless a state dict has a ViT's own tensors in their
+    shapes and no other parts of a ViT. Other projects' heads, decoders and buffers do not count."""
     part_of_vit = r"(encoder\.)?(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
     lists = {
         "missing": own.keys() - state.keys(),
@@ -849,7 +787,9 @@ def _check_fit(own, state, problem, to_file_name=str):
         "unknown": [key for key in state if key not in own and re.match(part_of_vit, key)],
     }
     for kind, names in lists.items():
-        shown = ", ".join(sorted(map(to_file_name, names))[:6])
+        for theirs, ours in reversed(renames):
+            names = [name.replace(ours, theirs, 1) for name in names]
+        shown = ", ".join(prefix + name for name in sorted(names)[:6])
         problem += f"; {kind}: {shown}{' ...' * (len(names) > 6)}" * bool(names)
     if any(lists.values()):
         raise ValueError(problem)

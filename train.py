@@ -609,7 +609,7 @@ def init_encoder(encoder, path, branch):
         sizes = weights.sizes
         if not weights.heads_assumed and sizes["heads"] != encoder.heads:
             raise ValueError(f"its encoder has {sizes['heads']} heads, not {encoder.heads}")
-        unused = loca.load_encoder(encoder, weights)
+        loca.load_encoder(encoder, weights)
     except (OSError, ValueError, ImportError) as error:
         fail(f"--init {path}: {error}")
     notes = [f"{branch} ({weights.prefix.rstrip('.') or 'the only branch'})"]
@@ -619,8 +619,6 @@ def init_encoder(encoder, path, branch):
         notes.append("position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
     if sizes["class_token"]:
         notes.append("class token dropped" if encoder.cls_token is None else "class token kept")
-    if unused:
-        notes.append(f"not used: {', '.join(unused[:6])}{' ...' * (len(unused) > 6)}")
     if weights.heads_assumed:
         notes.append(f"heads assumed: {encoder.heads}; set --heads to change it")
     say(f"--init {path}: {'; '.join(notes)}")
@@ -1136,7 +1134,8 @@ def draw_predictions(model, teacher, views, args, device, indices, side=160):
     both = nn.ModuleList(part for part in (model, teacher) if part is not None).eval()
     read, batch = next(held_out_batches(views, args, device, indices))
     tokens = teacher.encoder(batch["reference"]) if model.needs_teacher else None  # B,N,D
-    context = model.encode_context(batch["reference"], tokens, model.choose_visible(device))
+    visible = loca.MASKING[model.masking](*model.encoder.grid, model.visible_tokens, device)
+    context = model.encode_context(batch["reference"], tokens, visible)
     batch["focal"] = batch["focal"][:, :0]
     queries, targets = model.encode_queries(batch, torch.arange(model.positions, device=device))
     predicted = model.predictor(queries, context).argmax(-1)  # B,N

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
@@ -88,18 +89,18 @@ def find_images(folder, flag="--data", skip=None):
 def refuse_masks(folder, flag, names):
     """Exit with an error if there are masks among the images: a folder such as masks/ beside one such as
     images/, or NAME_mask.png beside NAME.jpg."""
-    masks = {name for name in names if name.endswith(b"_mask.png")}
-    masks &= {os.path.splitext(name)[0] + b"_mask.png" for name in names if masks}
+    masks = {os.path.splitext(name)[0] + b"_mask.png" for name in names}.intersection(names)
     if masks:
-        example = os.fsdecode(min(masks))
-        fail(f"{flag} {folder}: {example} is a mask, not a photo; move the masks to another folder")
+        fail(
+            f"{flag} {folder}: {os.fsdecode(min(masks))} is a mask, not a photo; move masks to another folder"
+        )
     places = {Path(os.fsdecode(place)) for place in {os.path.dirname(name) for name in names}}
     places = sorted(places.union(*(place.parents for place in places)))  # all folders that hold images
-    for mask in [place for place in places if re.fullmatch(MASKS, place.name, re.IGNORECASE)]:
-        beside = [place for place in places if place.parent == mask.parent and place != mask]
-        for photos in [place for place in beside if re.fullmatch(PHOTOS, place.name, re.IGNORECASE)]:
-            way = f"use {flag} {os.path.join(folder, photos)}"
-            fail(f"{flag} {folder}: {mask}/ next to {photos}/ holds masks; {way}")
+    masks, photos = ([x for x in places if re.fullmatch(kind, x.name, re.I)] for kind in (MASKS, PHOTOS))
+    for mask, beside in itertools.product(masks, photos):
+        if mask.parent == beside.parent and mask != beside:
+            way = f"use {flag} {os.path.join(folder, beside)}"
+            fail(f"{flag} {folder}: {mask}/ next to {beside}/ holds masks; {way}")
 
 
 @functools.cache
@@ -113,7 +114,7 @@ def has_deep_channels(image):
     """Whether an opened image has more than 8 bits per channel. Pillow reads 16-bit RGB as 8-bit RGB, so its
     mode does not tell; the raw mode of a PNG and the BitsPerSample of a TIFF do."""
     raw = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
-    bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 1  # 1 is also the default of the format
+    bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 1
     return image.mode[0] in "IF" or raw.endswith(";16B") or np.max(bits) > 8
 
 
@@ -121,11 +122,7 @@ def read_image(path, decode_size=0):
     """Decode any image file as upright RGB: uint8 [3, H, W]. A JPEG is decoded at a half, quarter or eighth
     of its size, which is faster, if its short side stays at `decode_size` or more; 0: never. Raises OSError
     or ValueError."""
-    try:
-        image = Image.open(path)  # reads the header only, and refuses decompression bombs
-    except UnidentifiedImageError as error:
-        raise ValueError("damaged, not an image, or a TIFF with more than 4 bands") from error
-    with image:
+    with Image.open(path) as image:  # reads the header only, and refuses decompression bombs
         if has_deep_channels(image):
             raise ValueError("more than 8 bits per channel; convert all images to 8 bits with one range")
         if image.format == "TIFF" and image.n_frames > 1:
@@ -142,8 +139,7 @@ class Images:
     """Images of a folder by index, each uint8 [3, H, W]. Any class with __len__, image(i) and name(i) can
     replace it; name(i) appears in messages, and a resumed run must find the same names.
 
-    names: numpy array of bytes, relative to the folder. They are kept in shared memory, a row of a tensor
-    each: to send a million names to every loader worker would take seconds.
+    names: numpy array of bytes, relative to the folder, kept in memory that all loader workers share.
     """
 
     def __init__(self, folder, names, decode_size=0):
@@ -164,19 +160,18 @@ class Images:
 def identify(images, held_out, world_size):
     """Count and hash of the names of the training images, which a resumed run must find again; their folder
     may move. Exits with an error if processes see different images."""
-    counts, hashes = f"{len(images)} + {len(held_out)}", []
+    found = []
     for source in (images, held_out):
         if isinstance(source, Images):
             names = source.names.numpy()
         else:
             names = os.fsencode("/".join(os.path.basename(source.name(i)) for i in range(len(source))))
-        hashes.append(hashlib.sha256(names).hexdigest()[:8])
-    seen = gather((counts, hashes), world_size)
-    if any(others != seen[0] for others in seen):
-        counts = ", ".join(counts for counts, _ in seen)
-        text = f"the processes see different images, {counts} for training + held out"
+        found.append(f"{len(source)} images, names {hashlib.sha256(names).hexdigest()[:8]}")
+    seen = {" + ".join(pair) for pair in gather(found, world_size)}
+    if len(seen) > 1:
+        text = f"the processes see different images (training + held out): {'; '.join(sorted(seen))}"
         fail_together(f"{text}; all machines need the same files under the same names")
-    return f"{len(images)} images, names {hashes[0]}"
+    return found[0]
 
 
 # ----------------------------------------------------------------------------------------------- drawn scenes
@@ -300,8 +295,8 @@ def open_images(args):
 
 
 def random_box(height, width, area, rng):
-    """A random crop of an image, (top, left, height, width): its share of the image's area is drawn from
-    `area`, its aspect ratio from 0.75..1.33; the whole image after 100 failed tries (released pipeline)."""
+    """A random crop of an image, (top, left, height, width): its share of the area is drawn from `area`, its
+    aspect ratio from 0.75..1.33; the whole image after 100 failed tries (released pipeline)."""
     for _ in range(100):
         pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
@@ -332,21 +327,17 @@ def read_or_next(source, index, read):
 
 class Views(Dataset):
     """One image -> uint8 crops of one reference, one random query and the focal queries, all from one decode.
-
     Keys are (epoch, index). Both seed the crops, so a key always gives the same views. Items: reference and
     query [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], and unreadable: '' or what was wrong
-    with a file that was replaced by another one.
-    """
+    with a file that was replaced by another one."""
 
     def __init__(self, source, args):
         self.source, self.args = source, args
 
     def __getitem__(self, key):
         args, rng = self.args, np.random.default_rng((self.args.seed, *key))
-        # Decode once for all views, because decoding takes longer than cropping.
         image, wrong = read_or_next(self.source, key[1], self.source.image)
-        if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
-            raise TypeError(f"{self.source.name(key[1])}: image(i) must return a uint8 tensor [3, H, W]")
+        assert image.dtype == torch.uint8 and len(image) == 3, "image(i) must return a uint8 tensor [3, H, W]"
         areas = [args.large_area] * 2 + [args.focal_area] * args.focal
         boxes = [random_box(*image.shape[1:], area, rng) for area in areas]
         flips = rng.random(len(boxes)) < 0.5
@@ -378,13 +369,6 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
             yield [(epoch, int(index)) for index in part]
 
 
-LOADER_ERRORS = {  # a part of an error in a loader process -> what to do
-    "in a row cannot be read": "repair them, or remove them from the folder",
-    "shared memory": "enlarge /dev/shm (in Docker: --shm-size=16g or --ipc=host) or use --workers 0",
-    r"\(pid|EOFError|Connection": "a loader worker died; if memory ran out, use fewer --workers",
-}
-
-
 def read_batches(dataset, workers, device, **sampling):
     """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
     batch_size. The workers live as long as the generator. Exits with an error if one of them fails."""
@@ -409,12 +393,11 @@ def read_batches(dataset, workers, device, **sampling):
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
-        # A worker's error ends with its own message.
-        reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        for known, remedy in LOADER_ERRORS.items():
-            if re.search(known, repr(error)):
-                fail(f"cannot read the images: {reason}; {remedy}")
-        raise
+        if not re.search(r"in a row cannot be read|shared memory|\(pid|EOFError|Connection", repr(error)):
+            raise
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # what the worker said
+        remedy = "if memory or /dev/shm is full, use fewer --workers or, in Docker, --ipc=host"
+        fail(f"cannot read the images: {reason}; {remedy}")
     finally:
         atexit.unregister(shut_down)
         shut_down()
@@ -542,11 +525,8 @@ def compiled_colors():
 
 def augment(views, compiled=False, **probabilities):
     """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
-    float32.
-
-    Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2, then
-    OPERATIONS with the given probabilities (released pipeline). No value goes back to the host.
-    """
+    float32. Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2, then
+    OPERATIONS with the given probabilities (released pipeline). No value goes back to the host."""
     c = constants(views.device)
     draws = torch.rand(len(c["low"]) + len(OPERATIONS), len(views), device=views.device)
     draws, choices = draws.split((len(c["low"]), len(OPERATIONS)))
@@ -579,11 +559,9 @@ def to_views(batch, args, random_colors=True):
 
 def build_encoder(args, image_size, **more):
     """The encoder that the settings of either script describe; another backbone is built here. `more` are further
-    arguments of ViT. Raises ValueError if sizes do not fit together.
-
-    Here, a backbone needs patch_size, grid, dim, heads, mlp_dim and forward(images, keep, position), explained in
-    loca.ViT; in finetune_seg.py, patch_size, dim and forward(images).
-    """
+    arguments of ViT. Raises ValueError if sizes do not fit together. A backbone needs patch_size, grid, dim,
+    heads, mlp_dim and forward(images, keep, position), as loca.ViT; for finetune_seg.py, patch_size, dim and
+    forward(images)."""
     sizes = {name: getattr(args, name) for name in loca.SIZES["B/16"]}
     return loca.ViT(image_size, **sizes, drop_path=args.drop_path, **more)
 
@@ -602,7 +580,7 @@ def build_model(args):
 
 
 def init_encoder(encoder, path, branch):
-    """Load the encoder of a branch from the file of --init, and say what was loaded -> its state dict. Exits with an
+    """Load the encoder of a branch from the file of --init, and say how -> the file's state dict. Exits with an
     error if it does not fit."""
     try:
         weights = loca.load_weights(path, branch)
@@ -612,16 +590,16 @@ def init_encoder(encoder, path, branch):
         loca.load_encoder(encoder, weights)
     except (OSError, ValueError, ImportError) as error:
         fail(f"--init {path}: {error}")
-    notes = [f"{branch} ({weights.prefix.rstrip('.') or 'the only branch'})"]
-    notes.append(f"{len(encoder.state_dict())} tensors loaded")
+    notes = f"{branch} ({weights.prefix.rstrip('.') or 'the only branch'})"
+    notes += f"; {len(encoder.state_dict())} tensors loaded"
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     if grid != encoder.grid:
-        notes.append("position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
+        notes += "; position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid)
     if sizes["class_token"]:
-        notes.append("class token dropped" if encoder.cls_token is None else "class token kept")
+        notes += f"; class token {'dropped' if encoder.cls_token is None else 'kept'}"
     if weights.heads_assumed:
-        notes.append(f"heads assumed: {encoder.heads}; set --heads to change it")
-    say(f"--init {path}: {'; '.join(notes)}")
+        notes += f"; heads assumed: {encoder.heads}; set --heads to change it"
+    say(f"--init {path}: {notes}")
     return weights
 
 
@@ -730,20 +708,16 @@ def init_distributed(name=None):
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and of mpirun
     if "RANK" not in os.environ and any(int(os.environ.get(variable, "1")) > 1 for variable in launchers):
-        command = "srun --ntasks-per-node=1 torchrun ..., as in the README under Pretraining"
         fail(
-            f"processes started by srun or mpirun cannot find each other; run torchrun on each node: {command}"
+            "use srun --ntasks-per-node=1 torchrun ..., as in the README; srun or mpirun alone is not enough"
         )
-    if name is None:
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    mps = torch.backends.mps.is_available()
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
         (torch.ones(1, device=device) + 1).item()  # not every card has its kernels in every build of PyTorch
     except (RuntimeError, AssertionError) as error:
-        build = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126"
-        way = f"; older cards need another build: {build}" if "no kernel image" in str(error) else ""
-        fail(f"--device {name}: {str(error).splitlines()[0]}{way}")
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
@@ -922,8 +896,7 @@ class Log:
         self.path, self.board, kept = folder / "metrics.jsonl", None, []
         for line in self.path.read_bytes().splitlines() if os.path.exists(self.path) else ():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + b"\n")
+                kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
             except (ValueError, KeyError, TypeError):
                 warn_once(f"{self.path}: damaged lines are dropped")
         write_file(self.path, lambda file: file.writelines(kept))
@@ -963,7 +936,6 @@ def write_file(path, write):
 
 
 def write_json(path, content):
-    """Write a JSON file."""
     write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
@@ -974,9 +946,8 @@ def save_checkpoint(path, args, step, modules, **more):
 
 
 def load_checkpoint(path, args, may_change, defaults, images, modules, world_size):
-    """Resume: load the states of `modules` from a checkpoint and return its contents, or None if there is no
-    such file. Exits with an error if the checkpoint is damaged or belongs to another run; prints which
-    settings have changed.
+    """Resume: load the states of `modules` from a checkpoint -> its contents, or None if there is no such file.
+    Exits with an error if it is damaged or of another run; prints which settings have changed.
 
     may_change: names of the settings that may differ from those of the checkpoint. defaults: of all flags; a
     setting that the checkpoint does not know had its default. images: the result of `identify`.
@@ -1013,57 +984,34 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
 
 def held_out_batches(views, args, device, indices):
     """Yield batches of at most 32 held-out images, on the CPU as read and on the device as the model gets them,
-    with the same views and masks at each evaluation.
-
-    views: the function that reads Views by key. Its reserved epoch number gives views that training never uses.
-    """
+    with the same views and masks at each evaluation. views: the function that reads Views by key."""
     for start in range(0, len(indices), 32):
         seed_all(args.seed, start)
-        batch = default_collate([views((2**31, i)) for i in indices[start : start + 32]])
+        batch = default_collate([views((2**31, i)) for i in indices[start : start + 32]])  # no real epoch
         yield batch, to_views(to_device(batch, device), args, random_colors=False)
 
 
 @torch.no_grad()
 def evaluate(model, teacher, views, args, world_size, device, indices):
-    """Held-out losses and metrics, and how spread out the features are -> dict of floats. Each process gives
-    the `indices` of as many images; stochastic depth is off."""
-    both = nn.ModuleList(part for part in (model, teacher) if part is not None).eval()
-    sums, tokens = 0.0, []
+    """Held-out means of what LOCA returns -> dict of floats. Each process gives the `indices` of as many
+    images; stochastic depth is off."""
+    both, sums = nn.ModuleList(part for part in (model, teacher) if part is not None).eval(), 0.0
     for _, batch in held_out_batches(views, args, device, indices):
         with autocast(args.precision, device):
             losses = model(batch, teacher)
-            # Every fourth token is enough to tell how spread out the features are.
-            tokens.append(model.encoder(batch["reference"])[:, ::4].flatten(0, 1).float())
         sums = sums + len(batch["focal"]) * torch.stack([value.float() for value in losses.values()])
     both.train()
     means = total(sums / (len(indices) * world_size), device)
-    return {f"val_{name}": mean for name, mean in zip(losses, means)} | feature_spread(torch.cat(tokens))
-
-
-def random_distance(grid):
-    """Mean error of a random guess: distance in patches between two positions of a grid (rows, columns)."""
-    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
-    return torch.cdist(cells, cells).mean().item()
-
-
-def feature_spread(tokens):
-    """Tokens [M, D] -> feature_std, the standard deviation of the unit vectors (1 if they fill all
-    directions, 0 if all are the same), and effective_rank, 1..D: exp of the entropy of the normalized
-    singular values (Roy and Vetterli 2007)."""
-    unit = F.normalize(tokens, dim=-1)
-    # The singular values of a tall matrix X are the square roots of those of the small D x D matrix X^T X.
-    centered = (tokens - tokens.mean(0)).cpu()
-    values = torch.linalg.svdvals(centered.T @ centered).sqrt()
-    entropy = torch.special.entr(values / values.sum().clamp_min(1e-12)).sum()
-    return {"feature_std": float(unit.std(0).norm()), "effective_rank": float(entropy.exp())}
+    return {f"val_{name}": mean for name, mean in zip(losses, means)}
 
 
 def chance_levels(model):
-    """The values in LOCA's dict for a model that has learned nothing, where they are known. Losses of
-    weight 0 are left out."""
+    """The values in LOCA's dict for a model that has learned nothing, where they are known. Losses of weight 0
+    are left out."""
+    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
     levels = {
         "position_accuracy": 1 / model.positions,
-        "position_distance": random_distance(model.encoder.grid),
+        "position_distance": torch.cdist(cells, cells).mean().item(),
     }
     if model.position_weight:
         levels["position_loss"] = math.log(model.positions)
@@ -1073,29 +1021,12 @@ def chance_levels(model):
 
 
 def terms(record, model, chances):
-    """The entries of LOCA's dict in a record as text, each beside its chance level if it has one. Losses of weight 0
-    are left out."""
-    texts = []
-    for key, value in record.items():
-        name = key.removeprefix("val_")
-        if getattr(model, name.replace("_loss", "_weight"), 1):
-            chance = f" (chance {chances[name]:.3g})" if name in chances else ""
-            texts.append(f"{key} {value:.3g}{chance}")
-    return " | ".join(texts)
-
-
-def warnings_of(record, done, total_steps, chances):
-    """Yield signs in the metrics that a run is not learning; `chances` from chance_levels. A run needs some
-    steps before its metrics mean anything."""
-    if done > max(200, total_steps // 4):
-        for name in chances.keys() & {"position_loss", "cross_entropy"}:
-            if record[name] > 0.99 * chances[name]:
-                yield f"a quarter of the steps are done and {name} is still at chance"
-    if done > 200 and "cross_entropy" in chances:
-        if record["prototype_perplexity"] < 0.02 * math.exp(chances["cross_entropy"]):
-            yield "the predictions use fewer than 2% of the prototypes"
-    if record.get("feature_std", 1) < 0.05 or record.get("effective_rank", 2) < 2:
-        yield "the features are nearly the same everywhere"
+    """The entries of LOCA's dict in a record as text, each beside its chance level if it has one. Losses of
+    weight 0 are left out."""
+    names = {key: key.removeprefix("val_") for key in record}
+    shown = [key for key, name in names.items() if getattr(model, name.replace("_loss", "_weight"), 1)]
+    chance = {key: f" (chance {chances[name]:.3g})" for key, name in names.items() if name in chances}
+    return " | ".join(f"{key} {record[key]:.3g}{chance.get(key, '')}" for key in shown)
 
 
 def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
@@ -1110,12 +1041,11 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
     # The query's box, in pixels of the drawn reference.
     x, w = round((x - left) * side / width), max(1, round(w * side / width))
     y, h = round((y - top) * side / height), max(1, round(h * side / height))
-    outlined = reference.copy()
+    outlined, dimmed = reference.copy(), Image.blend(reference, Image.new("RGB", (side, side), "white"), 0.75)
     ImageDraw.Draw(outlined).rectangle((x, y, x + w - 1, y + h - 1), outline="red", width=3)
     upright = (ImageOps.mirror(query) if flipped else query).resize((w, h), Image.BICUBIC)
-    pictures = [outlined, query]
-    for positions in (targets, predicted):
-        picture = Image.blend(reference, Image.new("RGB", reference.size, "white"), 0.75)
+    pictures = [outlined, query, dimmed, dimmed.copy()]
+    for picture, positions in zip(pictures[2:], (targets, predicted)):
         for k, (target, position) in enumerate(zip(targets, positions)):
             row, column = k // grid, grid - 1 - k % grid if flipped else k % grid
             part = [column * w // grid, row * h // grid, (column + 1) * w // grid, (row + 1) * h // grid]
@@ -1124,7 +1054,6 @@ def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
             if target >= 0:
                 place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
                 picture.paste(upright.crop(part), place)
-        pictures.append(picture)
     return pictures
 
 
@@ -1141,18 +1070,17 @@ def draw_predictions(model, teacher, views, args, device, indices, side=160):
     predicted = model.predictor(queries, context).argmax(-1)  # B,N
     both.train()
 
-    gap, header = 6, 18
-    sheet = Image.new("RGB", (4 * (side + gap), header + len(targets) * (side + gap)), "white")
+    cell, header = side + 6, 18
+    sheet = Image.new("RGB", (4 * cell, header + len(targets) * cell), "white")
     for k, title in enumerate(("reference (red: query)", "query", "true placement", "predicted placement")):
-        place = (k * (side + gap) + 2, 0)
-        ImageDraw.Draw(sheet).text(place, title, fill="black", font=ImageFont.load_default(13))
+        ImageDraw.Draw(sheet).text((k * cell + 2, 0), title, fill="black", font=ImageFont.load_default(13))
     for i in range(len(targets)):
         crops = (read[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
         pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in crops]
         boxes, flipped = read["boxes"][i, :2].tolist(), bool(read["flips"][i, 1])
         puzzle = draw_puzzle(*pictures, boxes, flipped, targets[i].tolist(), predicted[i].tolist())
         for k, picture in enumerate(puzzle):
-            sheet.paste(picture, (k * (side + gap), header + i * (side + gap)))
+            sheet.paste(picture, (k * cell, header + i * cell))
     return sheet
 
 
@@ -1166,11 +1094,8 @@ MAY_CHANGE = {  # settings that a resumed run may change
 
 
 def main(args, images=None):
-    """Pretrain with the given settings, from the last checkpoint in --out if there is one.
-
-    images: your own training and held-out images, instead of those of the flags, as picklable objects like
-    Images.
-    """
+    """Pretrain with the given settings, from the last checkpoint in --out if there is one. images: your own
+    training and held-out images, instead of those of the flags, as picklable objects like Images."""
     # ---- processes: torchrun's environment, or a single one ----
     rank, world_size, device = init_distributed(args.device)
     args.precision = args.precision or default_precision(device)
@@ -1205,10 +1130,9 @@ def main(args, images=None):
         say("note: this run is already finished; use a new --out for a new run")
     if args.compile:
         compile_parts(model, teacher)
-    net = model
-    if world_size > 1:
-        static = args.accumulate == 1  # otherwise some micro-batches run without communication
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
+    static = args.accumulate == 1  # otherwise some micro-batches run without communication
+    ddp = {"gradient_as_bucket_view": True, "static_graph": static}
+    net = DistributedDataParallel(model, **ddp) if world_size > 1 else model
 
     # ---- log ----
     chances = chance_levels(model)  # printed beside what is measured, to show whether the model is learning
@@ -1230,9 +1154,8 @@ def main(args, images=None):
     mine = range(len(val_images))[rank::world_size][: len(val_images) // world_size]  # for this process
 
     # ---- loop ----
-    keys = step_keys(
-        len(train_images), args.batch, args.seed, start_step, total_steps, rank, world_size, args.accumulate
-    )
+    steps, parts = (start_step, total_steps), (rank, world_size, args.accumulate)
+    keys = step_keys(len(train_images), args.batch, args.seed, *steps, *parts)
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
     remedies = f"--accumulate {8 * args.accumulate} or --grad-checkpoint (now {per_device} images per device)"
     with explain_out_of_memory(remedies), contextlib.closing(batches), catch_signals() as stop:
@@ -1286,8 +1209,6 @@ def main(args, images=None):
                 say(f"held out | {terms(figures, model, chances)}")
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
-                for text in warnings_of(record, done, total_steps, chances):
-                    warn_once(f"{text}; see Questions in the README")
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
                 more = {"images": identity, "accuracy": accuracy}
                 if keep_now:

@@ -361,9 +361,9 @@ def sinkhorn(scores, temperature=0.05, rounds=3):
 
 
 def feature_loss(features, prototypes, assignments, targets, temperature=0.1):
-    """Cross-entropy with the teacher's assignments plus the mean-entropy term (paper section 3.2). Unit vectors:
-    features [B, T, E], prototypes [P, E]. From sinkhorn: assignments [B, N, P]. targets [B, T]. Returns loss,
-    cross-entropy alone, and perplexity of the mean prediction (1..P)."""
+    """Cross-entropy with the teacher's assignments plus the mean-entropy term (paper section 3.2). features
+    [B, T, E] and prototypes [P, E] are unit vectors, assignments [B, N, P] are from sinkhorn, targets [B, T].
+    Returns loss, cross-entropy alone, and perplexity of the mean prediction (1..P)."""
     scores = features @ (prototypes / temperature).T  # B,T,P
     log_p = scores.log_softmax(-1, dtype=torch.float32)
 
@@ -387,7 +387,7 @@ class LOCA(nn.Module):
     """Encoder, projection head and position predictor with their training loss (paper section 3).
 
     encoder: a ViT whose image size is that of the reference. prototypes: P; 0, like a feature_weight of 0,
-    trains with the position loss alone. masking_ratio: eta, the share of reference tokens hidden from queries.
+    trains with the position loss alone. masking_ratio: eta, the share of hidden reference tokens.
     masking: a key of MASKING. query_tokens: encoded tokens of the random query; 0 means 5/14, as published.
     reference_encoder: 'teacher', or 'student', which encodes and learns from the visible reference tokens
     alone. query_position: whether queries get the position embedding. single_image: no reference; a view
@@ -420,8 +420,8 @@ class LOCA(nn.Module):
         self.query_tokens = query_tokens or self.positions * 5 // 14
         if not 1 <= self.query_tokens <= self.positions:
             raise ValueError(f"cannot draw {self.query_tokens} query tokens from {self.positions}")
-        # As published, the teacher encodes the reference. The position loss alone needs no teacher: the student
-        # encodes the reference, and queries get no position embedding.
+        # As published, the teacher encodes the reference. The position loss alone needs no teacher: the
+        # student encodes the reference, and queries get no position embedding.
         with_features = bool(prototypes and feature_weight) and not single_image
         published = "teacher" if with_features else "student"
         self.reference_encoder = published if reference_encoder == "published" else reference_encoder
@@ -536,9 +536,9 @@ def update_teacher(teacher, model, momentum):
 
 
 # ------------------------------------------------------------------------------------- weights in and out
-# Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete. A table
-# is read top-down to rename tensors, and bottom-up to report missing ones by the file's names. "query, key,
-# value" is only for reports, because the three are joined after the renames.
+# Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete. A
+# table is read top-down to rename tensors, and bottom-up to report missing ones by the file's names. "query,
+# key, value" is only for reports, because the three are joined after the renames.
 
 RELEASED_NAMES = (  # in the authors' flax files -> here
     (".kernel", ".weight"), ("norm.scale", "norm.weight"), ("LayerNorm_0.scale", "LayerNorm_0.weight"),
@@ -578,10 +578,10 @@ def load_weights(path, branch="teacher"):
     """Read a LOCA or a plain ViT from a file -> its state dict, with a complete 'encoder...' and any entries
     of 'predictor...' and 'head...'. Raises OSError, ImportError, or a one-line ValueError.
 
-    Reads this project's checkpoints, the authors' flax files (needs msgpack), and PyTorch or safetensors files
-    with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'teacher' or 'student',
-    for files that hold both. Attributes of the state dict: sizes, the arguments of the matching ViT;
-    heads_assumed, if the file does not state the number of heads; prefix, such as 'teacher_weights.'.
+    Reads this project's checkpoints, the authors' flax files (needs msgpack), and PyTorch or safetensors
+    files with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'teacher' or
+    'student', for files that hold both. Attributes of the state dict: sizes, the arguments of the matching
+    ViT; heads_assumed, if the file does not state the number of heads; prefix, such as 'teacher_weights.'.
     """
     try:
         return _find_vit(read_entries(path), branch)
@@ -635,7 +635,7 @@ def published_to_state_dict(flat):
 
 def read_entries(path):
     """All entries of a weights file by name, {'teacher.encoder.norm.weight': tensor, 'step': 3, ...}: names
-    in nested dicts are joined by dots. In a folder, reads its only weights file. Errors as in load_weights."""
+    in nested dicts are joined by dots. In a folder, reads its only weights file. Errors: see load_weights."""
     if os.path.isdir(path):
         files = [file for file in os.listdir(path) if file in ("model.safetensors", "pytorch_model.bin")]
         if len(files) != 1:
@@ -778,8 +778,8 @@ def _vit_sizes(state, heads=None, image_size=None, depth=None):
 
 
 def _check_fit(own, state, problem, renames=(), prefix=""):
-    """Raise a ValueError, `problem` and the file's names, unless a state dict has a ViT's own tensors in their
-    shapes and no other parts of a ViT. Other projects' heads, decoders and buffers do not count."""
+    """Raise a ValueError, `problem` and the file's names, unless a state dict has a ViT's own tensors in
+    their shapes and no other parts of a ViT. Other projects' heads, decoders and buffers do not count."""
     part_of_vit = r"(encoder\.)?(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
     lists = {
         "missing": own.keys() - state.keys(),

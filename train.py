@@ -525,8 +525,8 @@ def compiled_colors():
 
 def augment(views, compiled=False, **probabilities):
     """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
-    float32. Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2, then
-    OPERATIONS with the given probabilities (released pipeline). No value goes back to the host."""
+    float32. Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2,
+    then OPERATIONS with the given probabilities (released pipeline). No value goes back to the host."""
     c = constants(views.device)
     draws = torch.rand(len(c["low"]) + len(OPERATIONS), len(views), device=views.device)
     draws, choices = draws.split((len(c["low"]), len(OPERATIONS)))
@@ -558,10 +558,10 @@ def to_views(batch, args, random_colors=True):
 
 
 def build_encoder(args, image_size, **more):
-    """The encoder that the settings of either script describe; another backbone is built here. `more` are further
-    arguments of ViT. Raises ValueError if sizes do not fit together. A backbone needs patch_size, grid, dim,
-    heads, mlp_dim and forward(images, keep, position), as loca.ViT; for finetune_seg.py, patch_size, dim and
-    forward(images)."""
+    """The encoder that the settings of either script describe; another backbone is built here. `more` are
+    further arguments of ViT. Raises ValueError if sizes do not fit together. A backbone needs patch_size,
+    grid, dim, heads, mlp_dim and forward(images, keep, position), as loca.ViT; for finetune_seg.py,
+    patch_size, dim and forward(images)."""
     sizes = {name: getattr(args, name) for name in loca.SIZES["B/16"]}
     return loca.ViT(image_size, **sizes, drop_path=args.drop_path, **more)
 
@@ -580,8 +580,8 @@ def build_model(args):
 
 
 def init_encoder(encoder, path, branch):
-    """Load the encoder of a branch from the file of --init, and say how -> the file's state dict. Exits with an
-    error if it does not fit."""
+    """Load the encoder of a branch from the file of --init, and say how -> the file's state dict. Exits with
+    an error if it does not fit."""
     try:
         weights = loca.load_weights(path, branch)
         sizes = weights.sizes
@@ -621,7 +621,7 @@ def init_head(head, weights, prefix):
 
 def init_from(path, model, teacher):
     """Initialize the student from the file's student and the teacher from its teacher, and say how. The whole
-    encoder is loaded, or the process exits with an error; the heads are loaded if they are complete and fit."""
+    encoder is loaded, or the process exits with an error; heads are loaded if they are complete and fit."""
     for branch, module in (("student", model), ("teacher", teacher)):
         if module is not None:
             weights = init_encoder(module.get_submodule("encoder"), path, branch)
@@ -863,7 +863,7 @@ class Meter:
         self.sums = self.sums + torch.stack([value.detach() for value in values.values()])
 
     def read(self, micro_batch):
-        """Means over processes and micro-batches, whose size is given; images per second; share of waiting."""
+        """Means over processes and micro-batches (of the given size), images per second, share of waiting."""
         means = total(self.sums / (self.count * self.world_size), self.device)
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * micro_batch / seconds, self.waited / seconds
@@ -877,8 +877,10 @@ def check_finite(record, done):
     been saved since then."""
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-        text = f"the loss or its gradient was not finite in the steps up to {done} ({values}); the last checkpoint"
-        fail_together(f"{text} is intact: rerun with a smaller --lr or with --precision float32")
+        text = f"the loss or its gradient was not finite in the steps up to {done} ({values})"
+        fail_together(
+            f"{text}; the last checkpoint is intact: rerun with a smaller --lr or with --precision float32"
+        )
 
 
 def peak_memory(device):
@@ -946,8 +948,8 @@ def save_checkpoint(path, args, step, modules, **more):
 
 
 def load_checkpoint(path, args, may_change, defaults, images, modules, world_size):
-    """Resume: load the states of `modules` from a checkpoint -> its contents, or None if there is no such file.
-    Exits with an error if it is damaged or of another run; prints which settings have changed.
+    """Resume: load the states of `modules` from a checkpoint -> its contents, or None if there is no such
+    file. Exits with an error if it is damaged or of another run; prints which settings have changed.
 
     may_change: names of the settings that may differ from those of the checkpoint. defaults: of all flags; a
     setting that the checkpoint does not know had its default. images: the result of `identify`.
@@ -983,8 +985,8 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
 
 
 def held_out_batches(views, args, device, indices):
-    """Yield batches of at most 32 held-out images, on the CPU as read and on the device as the model gets them,
-    with the same views and masks at each evaluation. views: the function that reads Views by key."""
+    """Yield batches of at most 32 held-out images, on the CPU as read and on the device as the model gets
+    them, with the same views and masks at each evaluation. views: the function that reads Views by key."""
     for start in range(0, len(indices), 32):
         seed_all(args.seed, start)
         batch = default_collate([views((2**31, i)) for i in indices[start : start + 32]])  # no real epoch
@@ -1006,8 +1008,8 @@ def evaluate(model, teacher, views, args, world_size, device, indices):
 
 
 def chance_levels(model):
-    """The values in LOCA's dict for a model that has learned nothing, where they are known. Losses of weight 0
-    are left out."""
+    """The values in LOCA's dict for a model that has learned nothing, where they are known. Losses of weight
+    0 are left out."""
     cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
     levels = {
         "position_accuracy": 1 / model.positions,

@@ -17,7 +17,6 @@ import re
 import shlex
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +34,15 @@ import train
 from train import below_1, fail, float_or_0, int_or_0, positive_float, positive_int, say, up_to_1
 
 IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
-# Names of {split}.
-SPLITS = {"train": "train|training", "val": "val|valid|validation", "test": "test|testing"}
+SPLITS = {
+    "train": "train|training",
+    "val": "val|valid|validation",
+    "test": "test|testing",
+}  # names of {split}
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
 MOST_IGNORED = 0.05  # largest share of a mask's pixels with colors that are not listed
 MOST_INFERRED = 64  # largest number of classes that is taken from the values in the masks
-LIST_THEM = "list the classes in DIR/classes.txt, one per line: NAME GRAY or NAME R G B, e.g., 'object 255'"
+LIST_THEM = "for folder:DIR, write DIR/classes.txt: a line NAME GRAY ('object 255') or NAME R G B per class"
 VAL_SCENES = 50  # number of drawn scenes for validation
 
 
@@ -58,21 +60,19 @@ class DataSet:
     alternatives, '.*' at the end matches any image extension. Without {split}, every fifth image is held out.
     splits: the values of {split}, in any capitalization; train, val and test may be spelled out (SPLITS).
     values: class of each value of an integer mask; None if the value is the class. colors: class of each RGB
-    color; masks in `color_modes` are read as colors. A pixel has the class of a color if none of its channels
-    differs by more than `tolerance`. base_size 0: each image's own size.
+    color in masks of `color_modes`, and of colors of which no channel differs by more than `tolerance`.
     """
 
     classes: tuple
     layouts: tuple
-    palette: tuple = ()
     splits: tuple = ("train", "val")
     roots: tuple = ()
     values: dict | None = None
     colors: dict | None = None
     color_modes: tuple = ("RGB", "RGBA")  # Pillow's; other masks hold class indices
     tolerance: int = 40
-    crop_masks: bool = False  # masks may exceed their images at the bottom and right
-    base_size: int = 512
+    crop_masks: int = 0  # rows and columns by which masks may exceed their images at the bottom and right
+    base_size: int = 512  # 0: each image's own size
     crop: int = 512
     stride: int = 512
     batch: int = 8
@@ -115,16 +115,6 @@ land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, f
 plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank,
 trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic
 light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""")
-ADE20K_PALETTE = colors_of("""787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07
-96053d 787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c
-7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff
-a09614 00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5
-003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff
-ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3
-ff9900 00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff
-70e0ff 46b8a0 a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff
-1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2
-66ff00 5c00ff""")
 VOC = names_of("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog,
 horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor""")
 CONTEXT = names_of("""background, aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building,
@@ -134,12 +124,10 @@ sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truc
 wood""")
 CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain,
 sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
-CITYSCAPES_PALETTE = colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c
-ff0000 00008e 000046 003c64 005064 0000e6 770b20""")
 CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED)
 CITYSCAPES_IDS |= dict(zip((7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33), range(19)))
 CAMVID = names_of("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
-CAMVID_COLORS = {  # the 32 original colors, grouped as in SegNet; the first of each class is its palette color
+CAMVID_COLORS = {  # the 32 original colors, grouped as in SegNet
     0: colors_of("808080"),
     1: colors_of("800000 008040 c00080 40c000 400040"),  # building, bridge, archway, wall, tunnel
     2: colors_of("c0c080 000040"),  # pole, traffic cone
@@ -156,15 +144,13 @@ CAMVID_COLORS = {  # the 32 original colors, grouped as in SegNet; the first of 
 IDD = names_of("""road, parking or drivable fallback, sidewalk, rail track or non-drivable fallback, person or animal,
 rider, motorcycle, bicycle, autorickshaw, car, truck, bus, vehicle fallback, curb, wall, fence, guard rail, billboard,
 traffic sign, traffic light, pole, obstacle fallback, building, bridge or tunnel, vegetation, sky or background""")
-IDD_PALETTE = colors_of("""804080 faaaa0 f423e8 e6968c dc143c ff0000 0000e6 770b20 ffcc36 00008e 000046 003c64 888f99
-dcbe28 66669c be9999 b4a5b4 ae4043 dcdc00 faaa1e 999999 a9bbd6 464646 966464 6b8e23 4682b4""")
 SUN = names_of("""wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds,
 desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator, television, paper,
 towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag""")
 ISPRS = names_of("impervious surface, building, low vegetation, tree, car, clutter")
-ISPRS_PALETTE = colors_of("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
+ISPRS_COLORS = colors_of("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
 SUIM = names_of("water, diver, plants, wreck, robot, reef, fish, sea floor")
-SUIM_PALETTE = tuple(itertools.product((0, 255), repeat=3))
+SUIM_COLORS = tuple(itertools.product((0, 255), repeat=3))
 
 # Crop, stride, batch, rate and epochs of ade20k, context and cityscapes are Segmenter's; the others follow
 # the nearest of these. The README's table lists the expected files.
@@ -172,36 +158,35 @@ VOC_ROOTS = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010")
 CONTEXT_FILES = (("JPEGImages/*.jpg", "SegmentationClassContext/*.png", "ImageSets/SegmentationContext/{split}.txt"),)
 DATASETS = {
     "ade20k": DataSet(
-        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),), ADE20K_PALETTE,
+        ADE20K, (("images/{split}/*.jpg", "annotations/{split}/*.png"),),
         roots=("ADEChallengeData2016",), values=shifted(150)),
     "voc2012": DataSet(
         VOC, (("JPEGImages/*.jpg", "SegmentationClass/*.png|SegmentationClassAug/*.png",
                "ImageSets/Segmentation/{split}aug.txt|ImageSets/Segmentation/{split}.txt"),),
-        voc_palette(21), roots=VOC_ROOTS, crop=480, stride=320, batch=16),
+        roots=VOC_ROOTS, crop=480, stride=320, batch=16),
     "context": DataSet(
-        CONTEXT, CONTEXT_FILES, ADE20K_PALETTE[:60], roots=VOC_ROOTS, base_size=520, crop=480, stride=320, batch=16,
-        epochs=256),
+        CONTEXT, CONTEXT_FILES, roots=VOC_ROOTS, base_size=520, crop=480, stride=320, batch=16, epochs=256),
     "context59": DataSet(
-        CONTEXT[1:], CONTEXT_FILES, ADE20K_PALETTE[1:60], roots=VOC_ROOTS, values=shifted(59), base_size=520, crop=480,
-        stride=320, batch=16, epochs=256),
+        CONTEXT[1:], CONTEXT_FILES, roots=VOC_ROOTS, values=shifted(59), base_size=520, crop=480, stride=320, batch=16,
+        epochs=256),
     "cityscapes": DataSet(
         CITYSCAPES, (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png"),),
-        CITYSCAPES_PALETTE, values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
+        values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
     "bdd100k": DataSet(
         CITYSCAPES, (("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
                      ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")),
-        CITYSCAPES_PALETTE, roots=("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
+        roots=("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
     "camvid": DataSet(
         CAMVID, (("{split}/*.*", "{split}annot/*.png"), ("{split}/*.*", "{split}_labels/*_L.png"),
                  ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", "{split}.txt")),
-        tuple(CAMVID_COLORS[k][0] for k in range(11)), tuple(SPLITS), values={k: k for k in range(11)} | {11: IGNORED},
+        tuple(SPLITS), values={k: k for k in range(11)} | {11: IGNORED},
         colors={color: k for k, colors in CAMVID_COLORS.items() for color in colors}, base_size=360, crop=320, stride=160,
         lr=0.01, epochs=216),
     "idd": DataSet(
-        IDD, (("leftImg8bit/{split}/*/*_leftImg8bit.*", "gtFine/{split}/*/*_gtFine_labellevel3Ids.png"),), IDD_PALETTE,
+        IDD, (("leftImg8bit/{split}/*/*_leftImg8bit.*", "gtFine/{split}/*/*_gtFine_labellevel3Ids.png"),),
         base_size=720, crop=640, lr=0.01, epochs=108),
     "kitti": DataSet(
-        CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),), CITYSCAPES_PALETTE,
+        CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),),
         values=CITYSCAPES_IDS, base_size=368, crop=368, stride=256, lr=0.01, epochs=216),
     "sunrgbd": DataSet(
         SUN, (("image/{split}/img-#.jpg", "label37/{split}/#.png"),
@@ -217,11 +202,11 @@ DATASETS = {
                                   ("images", "masks"))
             for image, these in (("*_RGB.tif", ("*_label.tif", "*_label_noBoundary.tif")),
                                  ("*.tif", ("*.tif", "*_noBoundary.tif")), ("*.*", ("*.*",)))),
-        ISPRS_PALETTE, tuple(SPLITS), values=shifted(6),
-        colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_PALETTE, range(6)))}, base_size=0),
+        tuple(SPLITS), values=shifted(6),
+        colors={(0, 0, 0): IGNORED, **dict(zip(ISPRS_COLORS, range(6)))}, base_size=0),
     "suim": DataSet(
-        SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), SUIM_PALETTE, ("train_val", "TEST"), ("SUIM",),
-        values={}, colors=dict(zip(SUIM_PALETTE, range(8))), color_modes=("P", "RGB", "RGBA"), tolerance=127, crop_masks=True,
+        SUIM, (("{split}/images/*.*", "{split}/masks/*.*"),), ("train_val", "TEST"), ("SUIM",),
+        values={}, colors=dict(zip(SUIM_COLORS, range(8))), color_modes=("P", "RGB", "RGBA"), tolerance=127, crop_masks=64,
         base_size=480, crop=480, stride=320),
     "folder": DataSet((), (
         ("images/{split}/*.*", "masks/{split}/*.*|masks/{split}/*_mask.*"),
@@ -279,74 +264,60 @@ def places(data, folder):
 def find_pairs(name, folder, split, patterns=None):
     """(image file, mask file) pairs of a split, in name order; `patterns` of --pairs replace the layouts.
     Exits with an error if files are missing."""
-    data, flag = DATASETS[name], f"--data {name}:{folder}"
-    layouts = [patterns] if patterns else data.layouts
+    data, layouts = DATASETS[name], [patterns] if patterns else DATASETS[name].layouts
+
+    def refuse(text):
+        fail(f"--data {name}:{folder}: {text}; {what_is_there(folder)}")
+
     # One layout serves all splits: the first one with files of any of them.
     for root, layout in itertools.product(places(data, folder), layouts):
         found = {x: find_split(root, layout, data, x) for x in list(SPLITS)[: len(data.splits)]}
         if any(masks and wanted for _, masks, wanted in found.values()):
             break
     else:
-        looked = ", ".join(dict.fromkeys(f"{x[0]} with {x[1].split('|')[0]}" for x in layouts))
-        fail(f"{flag}: no images with masks; looked for {looked}; {what_is_there(folder, not data.classes)}")
-    has_splits = "{split}" in str(layout)
-    if split == "test" and not (has_splits and found["test"][2]):
-        fail(f"{flag}: it has no test split")
-    held_out = split != "test" and (not has_splits or (name == "folder" and not found["val"][2]))
-    images, masks, wanted = found["train" if held_out else split]
-    missing = [repr("/".join(key)) + " has no image" for key in wanted if key not in images]
-    missing += [f"{images[key]} has no mask" for key in wanted if key in images and key not in masks]
-    if missing or not wanted:
-        shown = "; ".join(missing[:3] + ["..."] * (len(missing) > 3))
-        lacks = f"lacks {len(missing)} files: {shown}; looked for {layout[1]}" if missing else "has no images"
-        suggest = not data.classes and images.keys().isdisjoint(masks)
-        fail(f"{flag}: the {split} split {lacks}; {what_is_there(folder, suggest)}")
+        looked = ", ".join(f"{images} with {masks}" for images, masks, *_ in layouts[:6])
+        refuse(f"no images with masks; looked for {looked}")
+    if "{split}" not in str(layout):
+        found = {"train": found["train"]}
+    held_out = split != "test" and (len(found) == 1 or (name == "folder" and not found["val"][2]))
+    images, masks, wanted = found.get("train" if held_out else split, ({}, {}, []))
+    lacking = [key for key in wanted if key not in images or key not in masks]
+    if lacking:
+        key = lacking[0]
+        first = f"{images[key]} has no mask" if key in images else f"{'/'.join(key)!r} has no image"
+        refuse(f"the {split} split lacks {len(lacking)} files: {first}; looked for {layout[1]}")
     pairs = [(images[key], masks[key]) for key in wanted]
     if held_out:
-        train.warn_once(f"{flag}: no validation split, so every fifth image is held out")
+        train.warn_once(f"--data {name}:{folder}: no validation split, so every fifth image is held out")
         pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
     if not pairs:
-        fail(f"{flag}: too few images to hold out one in five for validation")
+        refuse(f"no images for the {split} split")
     return pairs
 
 
-def what_is_there(folder, suggest):
-    """For messages: the folders that hold files, and the --pairs that would fit."""
-    holds = [
-        f"{os.path.relpath(parent, folder)}/ holds {len(files)} files such as {min(files)}"
-        for parent, _, files in sorted(os.walk(folder))
-        if files and "/." not in parent.removeprefix(folder)
-    ]
-    text = "; ".join(holds[:6] + ["..."] * (len(holds) > 6)) or "the folder is empty"
-    layout = suggest_pairs(folder) if suggest else None
-    return f"{text}; try --pairs {shlex.join(layout)}" if layout else text
-
-
-def suggest_pairs(folder):
-    """The patterns of --pairs with the most images, each with its mask, or None."""
-    groups, most, best = {}, 0, None  # groups: files by folder and suffix, those of all splits together
-    for path in sorted(Path(folder).rglob("*.*")):
-        parts = path.relative_to(folder).parts[:-1]
-        place = [re.sub(f"(?i)^(?:{'|'.join(SPLITS.values())})$", "{split}", part) for part in parts]
-        if path.suffix.lower() in Image.registered_extensions():
-            groups.setdefault(("/".join([*place, ""]), path.suffix), []).append(path)
-    for images, masks in itertools.product(list(groups)[:6], repeat=2):
-        # An image shares its name, a number in it, or what is before or after a separator with its mask.
-        image = groups[images][0]
-        ends = [re.sub(end, "", image.stem) for end in ("[-_. ][^-_. ]*$", "^[^-_. ]*[-_. ]")]
-        for text in [image.stem, *ends, *re.findall("[0-9]+", image.stem)]:
-            named = [file for file in groups[masks] if text in file.stem and file != image]
-            mask = min(named, key=lambda file: len(file.stem), default=image)
-            files = ((images, image), (masks, mask))
-            layout = [place + file.stem.replace(text, "*", 1) + suffix for (place, suffix), file in files]
-            found = [find_split(folder, layout, DATASETS["folder"], split) for split in SPLITS if named]
-            fits = [key in there for _, there, wanted in found for key in wanted]
-            if all(fits) and len(fits) > most and 2 * len(fits) >= len(groups[images]):
-                with contextlib.suppress(Exception):  # a damaged file can make a decoder raise anything
-                    # Of an image and its mask, the image has more colors.
-                    colors = [len(Image.open(x).convert("RGB").getcolors(2**24)) for x in (image, mask)]
-                    most, best = (len(fits), layout) if colors[0] > colors[1] else (most, best)
-    return best
+def what_is_there(folder):
+    """For messages: the folders that hold files, and the --pairs that would fit: two groups of files whose
+    names differ only in how they begin and end. A group has an extension and one folder or one per split."""
+    holds, groups, alike = [], {}, {}
+    for parent, _, files in sorted(os.walk(folder)):
+        place = os.path.relpath(parent, folder)
+        if files and "/." not in f"/{place}".removesuffix("/."):
+            holds.append(f"{place}/ holds {len(files)} files such as {min(files)}")
+        place = re.sub(f"(?i)(?<![^/])(?:{'|'.join(SPLITS.values())})(?![^/])", "{split}", place)
+        for stem, suffix in map(os.path.splitext, sorted(files)):
+            if suffix.lower() in Image.registered_extensions():
+                groups.setdefault((place, suffix), []).append(stem)
+    for (place, suffix), names in groups.items():
+        start = os.path.commonprefix(names).rstrip("0123456789")
+        names = [name.removeprefix(start) for name in names]
+        end = os.path.commonprefix([name[::-1] for name in names])[::-1].lstrip("0123456789")
+        pattern = os.path.normpath(f"{place}/{start}*{end}{suffix}")
+        alike.setdefault(tuple(name.removesuffix(end) for name in names), []).append(pattern)
+    pairs = [pair for names, pair in alike.items() if len(pair) == 2 and len(names) > 1]
+    for pair in pairs[:1]:  # masks tend to have names that say so
+        pair.sort(key=lambda pattern: bool(re.search("(?i)mask|label|annot|manual|truth|gt|seg", pattern)))
+    hints = ["..."] * (len(holds) > 6) + [f"try --pairs {shlex.join(pair)}" for pair in pairs[:1]]
+    return "; ".join(holds[:6] + hints)
 
 
 def read_class_list(folders):
@@ -364,31 +335,27 @@ def read_class_list(folders):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: {error}; save it as UTF-8 text")
     # The value of labelme's __ignore__ is always 255, so its line does not count.
-    lines = [line for line in lines if line and line[0] != "#" and line != "__ignore__"]
+    names, colors = [line for line in lines if line and line[0] != "#" and line != "__ignore__"], []
     number = r"[\s:,;]+(\d+)"
-    entries = [re.fullmatch(f"(.+?){number}(?:{number * 2})?(?::.*)?", line) for line in lines]
+    entries = [re.fullmatch(f"(.+?){number}(?:{number * 2})?(?::.*)?", line) for line in names]
     # "lane 1" and "lane 2" are two names, not one class with two gray values.
     differ = all(entries) and len({entry[1] for entry in entries}) == len(entries)
-    names, colors = lines, []
     if differ or any(entry and entry[3] for entry in entries):  # all lines have a gray value or a color
-        for line, entry in zip(lines, entries):
+        for line, entry in zip(names, entries):
             if not entry or max(map(int, entry.groups("0")[1:])) > 255:
                 fail(f"{path}: cannot read {line!r}; write NAME R G B or NAME GRAY, 0 to 255, in every line")
         names = [entry[1] for entry in entries]
         colors = [tuple(map(int, entry.groups(entry[2])[1:])) for entry in entries]
     classes = tuple(name for name in names if name.lower().strip("_") != "ignore")
-    if not 2 <= len(classes) < ILLEGAL:
-        fail(f"{path}: it lists {len(classes)} classes; 2 to {ILLEGAL - 1} are possible")
-    if len(set(classes)) < len(classes) or len(set(colors)) < len(colors):
-        fail(f"{path}: a class or a color is listed twice")
+    once = len(set(classes)) == len(classes) and len(set(colors)) == len(colors)
+    if not (once and 2 <= len(classes) < ILLEGAL):
+        fail(f"{path}: {len(classes)} classes; list 2 to {ILLEGAL - 1}, and no name or color twice")
     labels = [classes.index(name) if name in classes else IGNORED for name in names]
-    values, of_color, modes = dict(enumerate(labels)), dict(zip(colors, labels)), ("P", "RGB", "RGBA")
-    palette = tuple(color for color, label in of_color.items() if label != IGNORED)
-    if colors and all(len(set(color)) == 1 for color in colors):
-        # One-channel masks hold gray values (255 is ignored unless listed), and not line numbers.
-        values, modes = {}, ("1", "L", "LA", *modes)
-        of_color.setdefault((255, 255, 255), IGNORED)
-    return DataSet(classes, (), palette, values=values, colors=of_color, color_modes=modes)
+    of_color, modes = dict(zip(colors, labels)), ("P", "RGB", "RGBA")
+    if colors and all(len(set(color)) == 1 for color in colors):  # gray values in masks of any mode
+        of_color = {(255, 255, 255): IGNORED, **of_color}
+        return DataSet(classes, (), values={}, colors=of_color, color_modes=("1", "L", "LA", *modes))
+    return DataSet(classes, (), values=dict(enumerate(labels)), colors=of_color, color_modes=modes)
 
 
 def color_table(colors, tolerance):
@@ -405,9 +372,8 @@ def color_table(colors, tolerance):
 class Labeled:
     """Images with masks on disk, by index: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored.
 
-    palettes: the color of each index in the masks so far, which all masks must share; None if indices are known
-    to mean the same in all masks. pixels: the pixels by label [256] over all images and processes, once the
-    masks are checked.
+    palettes: the color of each index in the masks so far, which all masks must share; None if indices are
+    known to mean the same in all masks. pixels: by label [256] over all images, once the masks are checked.
     """
 
     def __init__(self, data, pairs, classes, palettes=None):
@@ -426,58 +392,57 @@ class Labeled:
         return self.pairs[i][0]
 
     def labels(self, i, height, width):
-        """Labels of the mask of an image of this size, the number of pixels that belong to no class and are now
-        ignored, and whether the mask was cropped. Raises ValueError."""
-        most = 0  # largest share of pixels that may belong to no class
+        """Labels of the mask of an image of this size; pixels that belong to no class are ILLEGAL. Raises
+        ValueError."""
         with Image.open(self.pairs[i][1]) as mask:
             colored = self.data.colors and mask.mode in self.data.color_modes
             raw, palette = np.asarray(mask.convert("RGB") if colored else mask), mask.getpalette()
-        fitted = raw[:height, :width] if self.data.crop_masks else raw
-        if fitted.shape[:2] != (height, width):
-            size = f"{mask.width}x{mask.height} (width x height)"
-            raise ValueError(f"it is {size}, but its image is {width}x{height}")
-        if colored:  # a few other colors, left by compression or imprecise painting, are ignored
-            labels, most = self.of_color[fitted[..., 0], fitted[..., 1], fitted[..., 2]], MOST_IGNORED
+        if max(raw.shape[0] - height, raw.shape[1] - width) <= self.data.crop_masks:
+            raw = raw[:height, :width]
+        if raw.shape[:2] != (height, width):
+            size = f"it is {mask.width}x{mask.height} (width x height)"
+            raise ValueError(f"{size}, but its image is {width}x{height}")
+        if colored:
+            labels = self.of_color[raw[..., 0], raw[..., 1], raw[..., 2]]
         elif raw.ndim != 2 or raw.dtype.kind == "f" or mask.format == "JPEG":
-            kind = "it is a JPEG, which changes" if mask.format == "JPEG" else f"it has mode {mask.mode}, not"
-            raise ValueError(f"{kind} class indices; for folder:DIR, {LIST_THEM}")
+            raise ValueError(f"no class indices in a {mask.format} file of mode {mask.mode}; {LIST_THEM}")
         else:  # negative values and values that are too large take the last entry, which is illegal
-            labels = self.of_value.take(fitted.astype(np.uint32), mode="clip")
+            labels = self.of_value.take(raw.astype(np.uint32), mode="clip")
             compared = palette and self.palettes is not None
-            for k in np.flatnonzero(np.bincount(fitted.ravel())).tolist() if compared else ():
+            for k in np.flatnonzero(np.bincount(raw.ravel())).tolist() if compared else ():
                 color = palette[3 * k : 3 * k + 3]
                 if self.palettes.setdefault(k, color) != color:  # an index of two colors is two classes
-                    other = f"in its palette, value {k} has a different color than in other masks"
-                    raise ValueError(f"{other}; {LIST_THEM}")
-        wrong = labels == ILLEGAL
+                    raise ValueError(f"the color of value {k} differs between palettes; {LIST_THEM}")
+        wrong, most = labels == ILLEGAL, MOST_IGNORED if colored else 0
         if wrong.mean() > most:
             found = f"{wrong.sum()} pixels ({wrong.mean():.1%}, at most {most:.0%} are ignored)"
-            raise ValueError(f"{found} belong to no class, such as {fitted[wrong][0].tolist()}")
-        return np.where(wrong, np.uint8(IGNORED), labels), int(wrong.sum()), fitted.shape != raw.shape
+            raise ValueError(f"{found} belong to no class, such as {raw[wrong][0].tolist()}")
+        return labels
 
     def check(self, i):
-        """For sums over masks: pixels by label [256], ignored pixels, whether the mask was cropped, and the short
-        side of its image. Raises ValueError."""
+        """For sums over masks: pixels by label [256] and the short side of the image. Exits with an error if
+        the mask is invalid."""
         try:
             with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
                 width, height = image.size
                 if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # rotated by 90 degrees
                     width, height = height, width
-        except OSError as error:
-            raise ValueError(f"its image {self.name(i)} cannot be read: {error}") from error
-        labels, ignored, cropped = self.labels(i, height, width)
-        return np.array([*np.bincount(labels.ravel(), minlength=256), ignored, cropped, min(height, width)])
+            labels = self.labels(i, height, width)
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            fail(f"mask {self.pairs[i][1]}: {error} (image: {self.name(i)})")
+        return np.array([*np.bincount(labels.ravel(), minlength=256), min(height, width)])
 
     def read(self, i):
         image = train.read_image(self.pairs[i][0])
-        return image, torch.from_numpy(self.labels(i, *image.shape[1:])[0])
+        labels = self.labels(i, *image.shape[1:])
+        return image, torch.from_numpy(np.where(labels == ILLEGAL, np.uint8(IGNORED), labels))
 
 
 class DrawnScenes(Labeled):
     """Drawn scenes with their labels, by index; `pairs` holds seeds instead of pairs of files."""
 
     def __init__(self, seeds):
-        self.pairs, self.pixels = seeds, None
+        self.pairs = seeds
 
     def name(self, i):
         return f"scene {self.pairs[i]}"
@@ -488,82 +453,66 @@ class DrawnScenes(Labeled):
 
 
 def check_masks(part, rank, world_size, device):
-    """Read all masks once, shared among the processes, and set part.pixels -> the other sums of Labeled.check.
-    Exits with an error that names invalid masks."""
-    wrong, nothing = [], np.zeros(256 + 3, np.int64)
-
-    def check(i):
-        try:
-            return part.check(i)
-        except Exception as error:  # a damaged file can make a decoder raise anything
-            wrong.append(f"{part.pairs[i][1]}: {error}")
-            return nothing
-
+    """Read all masks once, shared among the processes, and set part.pixels -> mean short side of images."""
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     with ThreadPoolExecutor() as pool:
-        sums = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
-    *sums, found = train.total([*sums.tolist(), len(wrong)], device)
-    if found:
-        fail(f"{found} invalid masks, such as {min(wrong, default='one reported by another process')}")
-    part.pixels = np.array(sums[:256])
-    return np.array(sums[256:])
+        counts = pool.map(part.check, range(rank, len(part), world_size))
+        *pixels, short = train.total(sum(counts, np.zeros(256 + 1, np.int64)), device)
+    part.pixels = np.array(pixels)
+    return short / len(part)
 
 
 def open_data(args, splits, rank, world_size, device, classes=None):
     """The given splits of --data with their masks checked, the class names, and the palette. classes: the
     class names in a checkpoint; the data set must have the same names in the same order."""
-    name, folder = args.name, args.folder
-    if name == "scenes":
-        seeds = {"train": range(args.scenes), "val": range(10**6, 10**6 + VAL_SCENES)}
-        parts = [DrawnScenes(seeds[split]) for split in splits]
-        return parts, list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
-    data = DATASETS[name]
-    if name == "folder":
-        data = read_class_list(places(data, folder)) or data
-    names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
+    if args.name == "scenes":
+        counts, starts = {"train": args.scenes}, {"train": 0, "val": 10**6, "test": 2 * 10**6}
+        seeds = [range(starts[x], starts[x] + counts.get(x, VAL_SCENES)) for x in splits]
+        return [*map(DrawnScenes, seeds)], list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
+    data = DATASETS[args.name]
+    if args.name == "folder":
+        data = read_class_list(places(data, args.folder)) or data
+    names = list(data.classes or classes or (f"class {k}" for k in range(ILLEGAL)))
     if classes and names != list(classes):
-        old, new = (", ".join(x[:30]) for x in (classes, names))
-        counts = f"the checkpoint has {len(classes)} classes, but {name} has {len(names)}"
-        fail(f"{counts}: {old}; {new}; use the same names in the same order")
-    began, parts, sums, palettes = time.perf_counter(), [], 0, {} if name == "folder" else None
+        old, new = (f"{len(x)} classes, {', '.join(x[:30])}" for x in (classes, names))
+        fail(f"the checkpoint has {old}; {args.data} has {new}; use the same names in the same order")
+    parts, palettes = {}, {} if args.name == "folder" else None
     for split in splits:
-        pairs = find_pairs(name, folder, split, args.pairs)
+        pairs = find_pairs(args.name, args.folder, split, args.pairs)
         say(f"{split}: {len(pairs)} images, such as {pairs[0][0]} with {pairs[0][1]}")
-        parts.append(Labeled(data, pairs, len(names), palettes))
-        sums = sums + check_masks(parts[-1], rank, world_size, device)
-    (ignored, cropped, short), images = sums, sum(map(len, parts))
-    pixels = sum(part.pixels for part in parts)
-    say(f"{images} masks checked in {time.perf_counter() - began:.1f} s")
-    if ignored:
-        say(f"note: {ignored} pixels ({ignored / pixels.sum():.2%}) belong to no class and are ignored")
-    if cropped:
-        say(f"note: {cropped} masks cropped to their images")
-    if args.base_size and short > 2 * args.base_size * images:
-        shrunk = f"from a short side of {short / images:.0f} to {args.base_size} pixels"
-        say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
-    if name == "folder":
-        inferred = not (data.classes or args.classes or classes)
-        check_values(dict(zip(splits, parts)), pixels, inferred, ignores=not data.colors)
-        names = names[: np.count_nonzero(pixels[:IGNORED])] if inferred else names
-    return parts, names, list(data.palette or voc_palette(len(names)))
+        parts[split] = part = Labeled(data, pairs, len(names), palettes)
+        short = check_masks(part, rank, world_size, device)
+        if ignored := part.pixels[ILLEGAL]:
+            percent = f"{ignored / part.pixels.sum():.2%}"
+            say(f"note: {ignored} pixels ({percent}) belong to no class and are ignored")
+        if args.base_size and short > 2 * args.base_size:
+            shrunk = f"from a short side of {short:.0f} to {args.base_size} pixels"
+            say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
+    if args.name == "folder" and not data.colors:
+        used = check_values(parts, inferred=not (data.classes or classes))
+        names = names if data.classes or classes else names[:used]
+    # The palette: the first color that is listed for each class, unless there are only gray values.
+    listed = {label: color for color, label in reversed((data.colors or {}).items())}
+    colored = any(len(set(color)) > 1 for color in listed.values())
+    palette = [listed[k] for k in range(len(names))] if colored else voc_palette(len(names))
+    return list(parts.values()), names, list(palette)
 
 
-def check_values(parts, pixels, inferred, ignores):
-    """Exit with an error if the masks of a folder do not seem to hold class indices. parts: by split; pixels: by
-    label, over all of them; inferred: the classes are the values; ignores: 255 cannot be a class."""
-    used, problem = np.flatnonzero(pixels[:IGNORED]), None
-    gaps = len(used) <= used.max(initial=0)
-    if inferred and (gaps or len(used) > MOST_INFERRED or pixels[IGNORED] > pixels.sum() / 4):
-        problem = f"expected class indices 0, 1, 2, ... up to {MOST_INFERRED - 1} without gaps, and 255 (ignored) rare"
+def check_values(parts, inferred):
+    """Number of values in the masks of a folder. Exits with an error if they do not seem to be class indices.
+    parts: by split; inferred: the classes are the values."""
+    pixels, problem = sum(part.pixels for part in parts.values()), None
+    used = np.flatnonzero(pixels[:IGNORED]).tolist()
+    run = used == [*range(len(used))] and 2 <= len(used) <= MOST_INFERRED
+    if inferred and not (run and pixels[IGNORED] <= pixels.sum() / 4):
+        problem = f"expected 0, 1, 2, ... up to {MOST_INFERRED - 1} without gaps, and 255 (ignored) rare"
     for split, part in parts.items():
-        # Without 255, a small validation split of one class may be right; with it, 255 is probably a class.
-        suspect = split == "train" or (ignores and part.pixels[IGNORED])
-        if suspect and np.count_nonzero(part.pixels[:IGNORED]) < 2:
+        if part.pixels[IGNORED] and np.count_nonzero(part.pixels[:IGNORED]) < 2:
             problem = f"{split} has fewer than two classes (255 means ignored)"
     if problem:
-        values = ", ".join(map(str, np.flatnonzero(pixels)[:20])) + ", ..." * bool(len(used) > 19)
-        remedy = f"{LIST_THEM}, or give --classes N for masks with the values 0..N-1"
-        fail(f"the masks hold the values {values}: {problem}; {remedy}")
+        values = ", ".join(map(str, np.flatnonzero(pixels)[:20])) + ", ..." * (len(used) > 19)
+        fail(f"the masks hold the values {values}: {problem}; {LIST_THEM}")
+    return len(used)
 
 
 def choose_subset(images, fraction, seed):
@@ -641,35 +590,24 @@ def augment(image, labels, crop, base_size, rng):
     return padded, F.pad(labels, (0, crop[1] - new[1], 0, crop[0] - new[0]), value=IGNORED)
 
 
-class Crops(Dataset):
-    """Training crops by (epoch, index), which seed them; an index beyond the last image wraps around.
+class Samples(Dataset):
+    """Images with labels by key: whole ones by index, and training crops by (epoch, index), which seed them;
+    an index beyond the last image wraps around.
 
-    Items: image uint8 [3, *crop], labels uint8 [*crop], and unreadable: '' or what was wrong with a file that
-    was replaced by another one.
+    Items: image uint8 [3, H, W], labels uint8 [H, W], index, and unreadable: '' or what was wrong with a file
+    that was replaced by another one.
     """
 
     def __init__(self, source, args):
         self.source, self.args = source, args
 
     def __getitem__(self, key):
-        rng, index = np.random.default_rng((self.args.seed, *key)), key[1] % len(self.source)
+        epoch, index = (None, key) if isinstance(key, int) else (key[0], key[1] % len(self.source))
         (image, labels), wrong = train.read_or_next(self.source, index, self.source.read)
-        image, labels = augment(image, labels, self.args.crop, self.args.base_size, rng)
-        return {"image": image, "labels": labels, "unreadable": wrong}
-
-
-class Whole(Dataset):
-    """Whole images by index, for evaluation; an unreadable image yields its name and error without pixels."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __getitem__(self, i):
-        try:
-            image, labels = self.source.read(i)
-            return {"image": image, "labels": labels, "index": i, "unreadable": ""}
-        except Exception as error:  # a damaged file can make a decoder raise anything
-            return {"index": i, "unreadable": f"{self.source.name(i)}: {error}"}
+        if epoch is not None:
+            rng = np.random.default_rng((self.args.seed, *key))
+            image, labels = augment(image, labels, self.args.crop, self.args.base_size, rng)
+        return {"image": image, "labels": labels, "index": index, "unreadable": wrong}
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -718,23 +656,15 @@ class Segmenter(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A timm ViT by name (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D].
+    """A timm ViT, 'timm:NAME' (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D].
+    pretrained: download timm's weights."""
 
-    pretrained: download timm's weights. file: a checkpoint of this model. Raises ValueError if it lacks any
-    weights.
-    """
-
-    def __init__(self, name, image_size, drop_path, pretrained=False, file=None):
+    def __init__(self, name, image_size=224, drop_path=0.0, pretrained=False):
         super().__init__()
-        timm = train.import_optional("timm")
+        create, name = train.import_optional("timm").create_model, name.removeprefix("timm:")
         sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
-        self.model = timm.create_model(name, pretrained, num_classes=0, **sizes)
+        self.model = create(name, pretrained, num_classes=0, **sizes)
         self.model.reset_classifier(0, global_pool="")  # remove attention pooling, which is not used here
-        if file:  # the model's module knows how to convert names and to resize positions
-            convert = sys.modules[type(self.model).__module__].checkpoint_filter_fn
-            loaded = timm.models.load_checkpoint(self.model, file, strict=False, filter_fn=convert)
-            if loaded.missing_keys:
-                raise ValueError(f"it lacks {', '.join(loaded.missing_keys[:3])}")
         self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.feat_ratio()
         # Models differ in how they normalize pixels: convert this project's normalization to the model's.
         config = self.model.pretrained_cfg
@@ -749,11 +679,11 @@ class TimmEncoder(nn.Module):
         return self.model.fc_norm(tokens[:, self.model.num_prefix_tokens :])  # without class, register tokens
 
 
-def build_model(args, classes, **from_timm):
-    """The Segmenter that the settings describe, on the CPU; `from_timm` are arguments of TimmEncoder. Raises
-    ValueError for sizes that do not fit together."""
+def build_model(args, classes, pretrained=False):
+    """The Segmenter that the settings describe, on the CPU; pretrained: with timm's weights of --encoder.
+    Raises ValueError for sizes that do not fit together."""
     if args.encoder:
-        encoder = TimmEncoder(args.encoder.removeprefix("timm:"), args.crop, args.drop_path, **from_timm)
+        encoder = TimmEncoder(args.encoder, args.crop, args.drop_path, pretrained)
     else:
         encoder = train.build_encoder(args, args.crop, class_token=args.class_token)
     return Segmenter(encoder, classes, args.freeze, args.decoder)
@@ -837,6 +767,7 @@ def class_probabilities(model, image, args, size=None):
     return total / len(views)
 
 
+@torch.no_grad()
 def segment(model, image, args, classes):
     """Image uint8 [3, H, W] -> predicted classes, array uint8 [H, W]."""
     # The probabilities of a large photo would not fit in memory: predict it at a smaller size.
@@ -876,19 +807,22 @@ def average_precision(confidence, present):
 
 
 @torch.no_grad()
-def evaluate(model, source, args, classes, rank, world_size, device):
+def evaluate(model, source, args, split, names, rank, world_size, device):
     """Metrics over a set of images, each evaluated by one process; the same for any number of processes.
 
-    Returns the dict of `scores` plus localization_miou, where predictions are restricted to the classes in an
-    image's truth, and classification_map, the mean average precision of detecting which classes are in an
-    image from the largest probability of any pixel. Exits with an error if an image cannot be read.
+    Returns what results.json holds: protocol, METRICS in 0..1, `classes` with the IoU, accuracy and pixels of
+    each (None where `scores` has NaN), and the confusion matrix. localization_miou: predictions are
+    restricted to the classes in an image's truth. classification_map: the mean average precision of detecting
+    which classes are in an image from the largest probability of any pixel. Exits with an error if an image
+    cannot be read.
     """
     model.eval()
+    classes = len(names)
     matrices = torch.zeros(2, classes, classes, dtype=torch.long, device=device)
     confidence, present = torch.zeros(2, len(source), classes, device=device)
     indices = range(rank, len(source), world_size)
     workers = min(args.workers, len(indices), 4)
-    for item in train.read_batches(Whole(source), workers, device, batch_size=None, sampler=indices):
+    for item in train.read_batches(Samples(source, args), workers, device, batch_size=None, sampler=indices):
         if item["unreadable"]:
             fail(f"cannot evaluate: {item['unreadable']}; repair or remove the file")
         item, i = train.to_device(item, device), item["index"]
@@ -903,12 +837,21 @@ def evaluate(model, source, args, classes, rank, world_size, device):
     sums = [np.array(train.total(x, device)) for x in (matrices, confidence, present)]
     matrices, confidence, present = sums[0], sums[1], sums[2] > 0
     precision = [average_precision(confidence[:, k], present[:, k]) for k in np.flatnonzero(present.any(0))]
+    result = {**scores(matrices[0]), "pixels": matrices[0].sum(1)}
+    columns = {x: np.where(np.isnan(result[x]), None, result.pop(x)) for x in ("iou", "accuracy", "pixels")}
+    sides = [f"{key} {'x'.join(map(str, getattr(args, key)))}" for key in ("crop", "window", "stride")]
+    base = f"base size {args.base_size or 'of each image'}"
+    scales = "scales 0.5-1.75 with flips" if args.multi_scale else "single scale"
+    measured = [f"{args.name} {split}, {len(source)} images, {classes} classes", base, *sides, scales]
     return {
-        **scores(matrices[0]),
+        "protocol": ", ".join(measured),  # to be quoted with the metrics
+        "images": len(source),
+        **result,
         "localization_miou": scores(matrices[1])["miou"],
         "classification_map": float(np.mean(precision)) if precision else 0.0,
-        "images": len(source), "pixels": matrices[0].sum(1), "confusion": matrices[0],
-    }  # fmt: skip
+        "classes": [{"name": name, **{x: columns[x][k] for x in columns}} for k, name in enumerate(names)],
+        "confusion": matrices[0].tolist(),
+    }
 
 
 METRICS = {
@@ -917,49 +860,24 @@ METRICS = {
 }  # fmt: skip
 
 
-def protocol_of(args, split, images, classes):
-    """One line that describes how a metric was measured, to be quoted with it."""
-    sides = [f"{key} {'x'.join(map(str, getattr(args, key)))}" for key in ("crop", "window", "stride")]
-    base = f"base size {args.base_size or 'of each image'}"
-    scales = "scales 0.5-1.75 with flips" if args.multi_scale else "single scale"
-    parts = [f"{args.name} {split}", f"{images} images", f"{classes} classes", base, *sides, scales]
-    return ", ".join(parts)
-
-
-def never_predicted(result, classes, pixels=None):
-    """One line that names the classes of which no pixel is predicted correctly, or ''. Their shares are those
-    of `pixels`, the training pixels by label [256], or of the evaluated pixels if these are not known."""
-    matrix, kind = result["confusion"], "evaluated" if pixels is None else "training"
-    pixels = result["pixels"] if pixels is None else pixels[: len(matrix)]
-    missed = (matrix.diagonal() == 0) & (matrix.sum(1) > 0)
-    order = [k for k in np.argsort(-pixels, kind="stable") if missed[k]]
-    named = [f"{classes[k]} {pixels[k] / pixels.sum():.1%}" for k in order]
-    shown = ", ".join(named[:5] + ["..."] * (len(named) > 5))
-    return f"never predicted correctly (share of the {kind} pixels): {shown}" if named else ""
-
-
-def report(result, classes, protocol, table=True, pixels=None):
-    """Print the metrics of an evaluation, and with `table` those of each class and which are never predicted."""
+def report(result, table=True):
+    """Print an evaluation; with `table`, also that of each class, and which classes are never predicted."""
+    rows, total = result["classes"], max(1, sum(row["pixels"] for row in result["classes"]))
     if table:
-        width = max(map(len, classes))
+        width = max(len(row["name"]) for row in rows)
         say(f"{'class':<{width}}    IoU  accuracy  share of pixels")
-        shares = result["pixels"] / max(result["pixels"].sum(), 1)
-        for name, iou, accuracy, part in zip(classes, result["iou"], result["accuracy"], shares):
-            numbers = f"{iou:7.1%}{accuracy:10.1%}".replace("nan%", "   -")
-            say(f"{name:<{width}}{numbers}{part:16.2%}")
-    say(f"{protocol}: " + " | ".join(f"{title} {result[name]:.2%}" for name, title in METRICS.items()))
-    if table and (line := never_predicted(result, classes, pixels)):
-        say(f"note: {line}")
-
-
-def write_results(path, result, classes, **more):
-    """Write the metrics of an evaluation as JSON; a class without IoU or accuracy has null."""
-    columns = (result[key] for key in ("iou", "accuracy", "pixels"))
-    columns = (np.where(np.isnan(x), None, x).tolist() for x in columns)
-    by_class = [dict(zip(("name", "iou", "accuracy", "pixels"), row)) for row in zip(classes, *columns)]
-    metrics = {name: result[name] for name in ("images", *METRICS)}
-    matrix = result["confusion"].tolist()
-    train.write_json(path, {**more, **metrics, "classes": by_class, "confusion": matrix})
+        for row in rows:
+            iou, accuracy = ("-" if row[key] is None else f"{row[key]:.1%}" for key in ("iou", "accuracy"))
+            say(f"{row['name']:<{width}}{iou:>7}{accuracy:>10}{row['pixels'] / total:16.2%}")
+    say(
+        f"{result['protocol']}: "
+        + " | ".join(f"{title} {result[name]:.2%}" for name, title in METRICS.items())
+    )
+    never = sorted((row for row in rows if row["accuracy"] == 0), key=lambda row: -row["pixels"])
+    if table and never:
+        named = [f"{row['name']} {row['pixels'] / total:.1%}" for row in never]
+        shown = ", ".join(named[:5] + ["..."] * (len(named) > 5))
+        say(f"note: never predicted correctly (share of the evaluated pixels): {shown}")
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -988,27 +906,21 @@ def add_legend(picture, labels, classes, palette):
     return sheet
 
 
-@torch.no_grad()
-def draw_sheet(path, model, source, args, device, classes, palette, rows=4, width=260, height=200):
-    """Write a picture of evenly spaced images of a set, one row each: photo, truth and prediction."""
+def draw_sheet(path, model, source, args, device, classes, palette, rows=4, size=(260, 200)):
+    """Write a picture of evenly spaced images of a set, one row each: photo, truth (ignored: white) and
+    prediction."""
     model.eval()
-    indices = np.unique(np.linspace(0, len(source) - 1, rows).astype(int))
-    sheet, shown = Image.new("RGB", (3 * width, 24 + len(indices) * height), "white"), []
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for column, title in enumerate(("photo", "truth (white: ignored)", "prediction")):
-        pen.text((column * width + 4, 3), title, fill="black", font=font)
-    for row, i in enumerate(indices):
+    sheet, shown = [], []
+    for i in np.unique(np.linspace(0, len(source) - 1, rows).astype(int)):
         image, truth = source.read(i)
         predicted = segment(model, image.to(device), args, len(classes))
         photo = Image.fromarray(image.permute(1, 2, 0).numpy())
-        for column, picture in enumerate((photo, paint(truth, palette), paint(predicted, palette))):
-            method = Image.BICUBIC if picture is photo else Image.NEAREST
-            resized = ImageOps.contain(picture, (width - 4, height - 4), method)
-            sheet.paste(resized, (column * width, 24 + row * height))
+        masks = [ImageOps.pad(paint(x, palette), size, Image.NEAREST, "white") for x in (truth, predicted)]
+        sheet.append(np.hstack([ImageOps.pad(photo, size, color="white"), *masks]))
         shown += [truth.numpy().ravel(), predicted.ravel()]
     model.train()
-    sheet = add_legend(sheet, np.concatenate(shown), classes, palette)
-    train.write_file(path, functools.partial(sheet.save, format="PNG"))
+    picture = add_legend(Image.fromarray(np.vstack(sheet)), np.concatenate(shown), classes, palette)
+    train.write_file(path, functools.partial(picture.save, format="PNG"))
 
 
 # -------------------------------------------------------------------------------------- evaluate and predict
@@ -1030,60 +942,39 @@ def evaluate_only(args):
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
     (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, classes)
-    result = evaluate(model, source, args, len(classes), rank, world_size, device)
-    protocol = protocol_of(args, args.split, len(source), len(classes))
-    report(result, classes, protocol)
+    result = evaluate(model, source, args, args.split, classes, rank, world_size, device)
+    report(result)
     say(f"writing {out}/results.json and predictions.png")
     if rank == 0:
-        context = {"protocol": protocol, "checkpoint": args.checkpoint, "step": content["step"]}
-        write_results(out / "results.json", result, classes, **context)
+        origin = {"checkpoint": args.checkpoint, "step": content["step"]}
+        train.write_json(out / "results.json", {**origin, **result})
         draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
     train.end_processes()
 
 
-def class_list(classes, palette):
-    """classes.txt for predicted labels: line k is class k, 'NAME R G B'. Colors are left out if two classes
-    share one, or if all are gray, because labels would then be read as gray values."""
-    colored = len(set(palette)) == len(palette) and any(len(set(color)) > 1 for color in palette)
-    colors = [" {} {} {}".format(*color) if colored else "" for color in palette]
-    return "".join(f"{name}{color}\n" for name, color in zip(classes, colors))
-
-
-def name_results(paths, out):
-    """Image files and folders of images -> {path of the results without ending: photo}. The results lie in
-    `out` as the photos lie in the innermost folder that holds everything given."""
-    photos, folders = [], []
-    for path in map(Path, paths):
-        found = train.find_images(path, "--predict", skip=out) if path.is_dir() else []
-        photos += [path / os.fsdecode(name) for name in found] or [path]
-        folders.append(os.path.abspath(path if path.is_dir() else path.parent))
-    root = os.path.commonpath(folders)
-    names = {Path(os.path.relpath(photo, root)): photo for photo in photos}
-    # Photos with the same name in two formats keep their extensions in the names of the results.
-    stems = {name: name.with_suffix("") for name in names}
-    taken = Counter([*names, *stems.values()])
-    return {Path(out, name if taken[stem] > 1 else stem): names[name] for name, stem in stems.items()}
-
-
-@torch.no_grad()
 def predict(args):
-    """Segment images: NAME_mask.png (colors), NAME_overlay.png (with a legend), NAME_labels.png (indices), and
-    once classes.txt, which makes the masks valid ones of folder:DIR."""
+    """Segment images into --out, a new or empty folder: NAME_mask.png (colors), NAME_overlay.png (with a
+    legend) and NAME_labels.png (indices), each at the photo's place in the folder that was given. classes.txt
+    makes the labels valid masks of folder:DIR."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     model, content = load_segmenter(args, device)
-    classes, palette, listing = content["classes"], content["palette"], Path(args.out, "classes.txt")
-    results, failed, lines = name_results(args.predict, args.out), 0, class_list(classes, palette).encode()
-    for path in (f"{result}_{kind}.png" for result in results for kind in ("mask", "labels", "overlay")):
-        if os.path.exists(path):
-            fail(f"--out {args.out}: {path} already exists; give another --out")
-    if listing.exists() and listing.read_bytes() != lines:
-        fail(f"--out {args.out}: its classes.txt lists other classes; give another --out")
+    classes, palette, out = content["classes"], content["palette"], Path(args.out)
+    photos, failed = {}, 0  # by path of the results, without ending
+    for path in map(Path, args.predict):
+        found = train.find_images(path, "--predict") if path.is_dir() else [os.fsencode(path.name)]
+        for name in map(os.fsdecode, found):
+            photo = (path if path.is_dir() else path.parent) / name
+            if photos.setdefault((out / name).with_suffix(""), photo) != photo:
+                fail(f"--predict: {photo} and another photo have the same name; use an --out for each")
+    if out.exists() and any(out.iterdir()):
+        fail(f"--out {out}: the folder is not empty; give another --out")
     train.total([0.0], device)  # no process writes before all have looked
     if rank == 0:
-        train.write_file(listing, lambda file: file.write(lines))
-    say(f"{listing}: the checkpoint's classes; NAME_labels.png holds their numbers, from 0")
-    for result, photo in [*results.items()][rank::world_size]:
+        lines = "".join(f"{name} {k}\n" for k, name in enumerate(classes)).encode()
+        train.write_file(out / "classes.txt", lambda file: file.write(lines))
+    say(f"{out}/classes.txt: the checkpoint's classes; NAME_labels.png holds their numbers, from 0")
+    for result, photo in [*photos.items()][rank::world_size]:
         try:
             image = train.read_image(photo)
         except Exception as error:  # a damaged file can make a decoder raise anything
@@ -1097,16 +988,15 @@ def predict(args):
         for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
         train.show(f"{photo} -> {result}_mask.png, _overlay.png, _labels.png")
-    if train.total([float(failed)], device)[0] == len(results):
+    if train.total([float(failed)], device)[0] == len(photos):
         fail("--predict: none of the images could be read")
     train.end_processes()
 
 
 # ---------------------------------------------------------------------------------------------------- main
 
-NOT_IN_OLD_CHECKPOINTS = {"decoder": "linear"}  # settings that earlier versions did not have
 MAY_CHANGE = {  # settings that a resumed run may change
-    "data", "folder", "classes", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
+    "data", "folder", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
     "lr", "clip", "evaluations", "window", "stride", "multi_scale",
 }  # fmt: skip
 
@@ -1128,23 +1018,20 @@ def main(args):
 
     # ---- model and optimizer ----
     train.seed_all(args.seed)
-    # A resumed run takes its weights from the checkpoint, regardless of --init.
-    start_file = None if args.init in ("none", "timm") or os.path.exists(out / "last.pt") else args.init
-    from_timm = {"pretrained": args.init == "timm", "file": start_file} if args.encoder else {}
     try:
-        model = build_model(args, len(classes), **from_timm)
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]  # PyTorch's messages can list every tensor
-        fail(f"{f'--encoder {args.encoder} ' if args.encoder else ''}--init {args.init}: {reason}")
-    if start_file and not args.encoder:
-        train.init_encoder(model.encoder, start_file, args.branch)
+        model = build_model(args, len(classes), pretrained=args.init == "timm")
+    except (ValueError, RuntimeError, OSError) as error:
+        fail(f"cannot build the encoder of --encoder {args.encoder} --init {args.init}: {error}")
+    # A resumed run takes its weights from the checkpoint.
+    if args.init not in ("none", "timm") and not os.path.exists(out / "last.pt"):
+        train.init_encoder(model.encoder, args.init, args.branch)
     model.to(device).train()
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = train.OPTIMIZERS[args.optimizer](groups, lr=args.lr)
 
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
-    defaults = vars(make_parser().parse_args([])) | NOT_IN_OLD_CHECKPOINTS
+    defaults = vars(make_parser().parse_args([]))
     saved = train.load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
     if saved and saved["classes"] != classes:
@@ -1161,7 +1048,7 @@ def main(args):
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch}; {len(images)} of {whole} images, "
         f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained "
-        f"parameters; {total_steps} steps; start: {args.encoder if args.init == 'timm' else args.init}; in {out}"
+        f"parameters; {total_steps} steps; start: {args.init}; in {out}"
     )
     more = {"classes": classes, "palette": palette, "images": identity}
     saved_at = time.monotonic()
@@ -1170,7 +1057,7 @@ def main(args):
     epoch = math.ceil(args.batch / len(images)) * len(images)  # a large batch repeats images
     steps, parts = (start_step, total_steps), (rank, world_size, args.accumulate)
     keys = train.step_keys(epoch, args.batch, args.seed, *steps, *parts)
-    batches = train.read_batches(Crops(images, args), args.workers, device, batch_sampler=keys)
+    batches = train.read_batches(Samples(images, args), args.workers, device, batch_sampler=keys)
     remedies = f"--accumulate {2 * args.accumulate} or, if it was evaluating, a smaller --window"
     with train.explain_out_of_memory(remedies), contextlib.closing(batches), train.catch_signals() as stop:
         for step in range(start_step, total_steps):
@@ -1213,17 +1100,15 @@ def main(args):
                 if rank == 0:  # an evaluation can fail, at a damaged photo for example
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                 say(f"evaluating {len(val_images)} images")
-                result = evaluate(model, val_images, args, len(classes), rank, world_size, device)
-                protocol = protocol_of(args, "val", len(val_images), len(classes))
-                report(result, classes, protocol, done == total_steps, images.pixels)
+                result = evaluate(model, val_images, args, "val", classes, rank, world_size, device)
+                report(result, table=done == total_steps)
                 record |= {f"val_{name}": result[name] for name in METRICS}
                 better = best is None or result["miou"] > best
                 best = max(result["miou"], best or 0.0)
                 if rank == 0 and better:
                     train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 if rank == 0:
-                    context = {"protocol": protocol, "step": done, "best": best}
-                    write_results(out / "results.json", result, classes, **context)
+                    train.write_json(out / "results.json", {"step": done, "best": best, **result})
                     draw_sheet(out / "predictions.png", model, val_images, args, device, classes, palette)
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
@@ -1248,36 +1133,21 @@ def main(args):
 
 SIZE_KEYS = tuple(loca.SIZES["B/16"])  # patch_size, dim, depth, heads, mlp_dim
 SCENES_RUN = "runs/scenes/last.pt"  # where train.py without --data saves its checkpoint
-SCENES_PRESET = {
-    **{name: train.SCENES_PRESET[name] for name in SIZE_KEYS}, "base_size": 128, "crop": 96, "stride": 64, "batch": 16,
-    "steps": 400, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
-}  # fmt: skip
-SMALL_PRESET = {  # goes with train.py --small
-    **{name: train.SMALL_PRESET[name] for name in SIZE_KEYS}, "base_size": 192, "crop": 128, "stride": 64, "batch": 16,
-    "steps": 1100, "optimizer": "adamw", "lr": 0.001, "evaluations": 2,
-}  # fmt: skip
+TINY = {"stride": 64, "batch": 16, "optimizer": "adamw", "lr": 0.001, "evaluations": 2}
+SCENES_PRESET = TINY | {name: train.SCENES_PRESET[name] for name in SIZE_KEYS}
+SCENES_PRESET |= {"base_size": 128, "crop": 96, "steps": 400}
+SMALL_PRESET = TINY | {name: train.SMALL_PRESET[name] for name in SIZE_KEYS}  # goes with train.py --small
+SMALL_PRESET |= {"base_size": 192, "crop": 128, "steps": 1100}
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
 PROTOCOL = ("base_size", "crop", "stride", "batch", "lr", "epochs")  # what a data set decides
 OF_MODEL = ("encoder", "decoder", "crop", "class_token", *SIZE_KEYS)  # what a checkpoint decides
 text_that = functools.partial(train.number, str)  # argparse types of text
 existing = text_that(os.path.exists, "an existing file or folder")
-start_of = text_that(lambda x: x in ("none", "timm") or os.path.exists(x), "none, timm or an existing file")
+start_of = text_that(lambda x: x == "none" or os.path.exists(x), "none or an existing file")
 timm_name = text_that(lambda x: x.startswith("timm:"), "timm:NAME")
-pattern = text_that(lambda x: "*" in x and not os.path.isabs(x), "a quoted pattern below DIR with a star")
-number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 
 
-def data_flag(text):
-    """argparse type of --data NAME:DIR."""
-    name, _, folder = text.partition(":")
-    if name not in DATASETS or not folder:
-        raise argparse.ArgumentTypeError(f"must be NAME:DIR with NAME in {', '.join(DATASETS)}; got {text!r}")
-    if not os.path.isdir(folder):
-        raise argparse.ArgumentTypeError(f"no such folder: {folder}")
-    return text
-
-
-def fraction(text):
+def share(text):
     """argparse type of a share, such as 1/32 or 0.25."""
     part, _, whole = text.partition("/")
     return up_to_1(float(part) / positive_int(whole or 1))
@@ -1289,17 +1159,16 @@ def make_parser():
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="NAME:DIR", type=data_flag, help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
-    g.add_argument("--pairs", metavar=("IMAGES", "MASKS"), nargs=2, type=pattern, help="images and masks of folder:DIR: quoted patterns relative to DIR with * for the shared name, and {split} if there are splits, such as 'image/{split}/*.png' 'label/{split}/*_seg.png'")
-    g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
-    g.add_argument("--fraction", type=fraction, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
+    g.add_argument("--data", metavar="NAME:DIR", help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
+    g.add_argument("--pairs", metavar=("IMAGES", "MASKS"), nargs=2, help="images and masks instead of the known layouts: quoted patterns relative to DIR with * for the shared name, and {split} if there are splits, such as 'image/{split}/*.png' 'label/{split}/*_seg.png'")
+    g.add_argument("--fraction", type=share, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; timm: the pretrained weights of --encoder (its default)")
+    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder to load if --init holds both")
     g.add_argument("--encoder", metavar="timm:NAME", type=timm_name, help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
-    g.add_argument("--decoder", choices=list(DECODERS), help="what maps patch tokens to class logits; default: linear")
+    g.add_argument("--decoder", default="linear", choices=list(DECODERS), help="what maps patch tokens to class logits")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
     g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: from --init or the preset, else B/16; the next five flags override parts of it")
     g.add_argument("--patch-size", type=positive_int, help="side of a patch, pixels")
@@ -1328,152 +1197,118 @@ def make_parser():
     g.add_argument("--checkpoint", metavar="FILE", help="for --eval-only and --predict; default with --eval-only: best.pt in --out")
     g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
-    g.add_argument("--evaluations", type=positive_int, help="evenly spaced evaluations per run, the last one at the end; default: 10, or 2 in presets")
-    g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out")
+    g.add_argument("--evaluations", type=positive_int, default=10, help="evenly spaced evaluations per run, the last one at the end; 2 in presets")
+    g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out, which must be new or empty")
     g = train.add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
     # fmt: on
     return parser
 
 
-def fill(args, values):
-    """Set what no flag or earlier source has set."""
-    for key, value in values.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-
-
-def choose_preset(args):
+def choose_preset(given):
     """The defaults of a run: those of the data set, of the drawn scenes or of --small."""
-    data = DATASETS.get(args.name)
-    preset = {
-        "optimizer": "sgd",
-        "init": "none",
-        "decoder": "linear",
-        "evaluations": 10,
-        "class_token": False,
-    }
-    preset |= {**loca.SIZES["B/16"], "out": f"runs/finetune_{args.name}"}
+    name = (given.data or "scenes").partition(":")[0]
+    data = DATASETS.get(name)
+    preset = {"out": f"runs/finetune_{name}", "init": "none", "optimizer": "sgd", "class_token": False}
+    preset |= loca.SIZES["B/16"]
     preset |= {key: getattr(data, key) for key in PROTOCOL} if data else SCENES_PRESET
-    preset |= SMALL_PRESET if args.small else {}
-    if args.encoder:  # timm's model has its own weights and sizes
-        preset = {key: x for key, x in preset.items() if key not in SIZE_KEYS} | {"init": "timm"}
+    preset |= SMALL_PRESET if given.small else {}
+    preset |= {"crop": [preset["crop"]], "stride": [preset["stride"]]}
+    if given.encoder:
+        preset["init"] = "timm"
     elif data is None and os.path.exists(SCENES_RUN):
         preset["init"] = SCENES_RUN
     # A preset's learning rate belongs to its optimizer.
-    optimizer = args.optimizer or preset["optimizer"]
+    optimizer = given.optimizer or preset["optimizer"]
     if optimizer != preset["optimizer"]:
         preset["lr"] = (data or DataSet).lr if optimizer == "sgd" else ADAMW["lr"]
     preset["weight_decay"] = 0.0 if optimizer == "sgd" else ADAMW["weight_decay"]
-    if args.epochs:
+    if given.epochs:
         preset["steps"] = None
-    return preset | {key: [preset[key]] * 2 for key in ("crop", "stride")}
+    return preset
 
 
-def settings_of_checkpoint(path, parser):
-    """The settings in a checkpoint of this script. Exits with an error if the file is something else."""
+def settings_of_weights(encoder, init, branch):
+    """The sizes of a new encoder: those of the timm model or of the file of --init; none from scratch."""
+    try:
+        if encoder:
+            with torch.device("meta"):  # only for its sizes
+                return {**dict.fromkeys(SIZE_KEYS), "patch_size": TimmEncoder(encoder).patch_size}
+        # If the weights have a class token, the encoder keeps it; the decoder never sees it.
+        return {} if init == "none" else loca.load_weights(init, branch).sizes
+    except (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        kind = "it must be one of timm's VisionTransformer or Eva models: " if encoder else ""
+        fail(f"{f'--encoder {encoder}' if encoder else f'--init {init}'}: {kind}{error}")
+
+
+def settings_of_checkpoint(path, given, parser):
+    """The settings that --eval-only and --predict take from a checkpoint: the model, the data set if no other
+    is given, and for the same data set the protocol of the evaluation."""
     if not path or not os.path.isfile(path):
         parser.error(f"--checkpoint {path or 'FILE'}: no such file; give the best.pt of a run")
     try:
         content = loca.read_torch_file(path)
     except ValueError as error:
         parser.error(f"--checkpoint {path}: {error}")
-    if not isinstance(content, dict) or not {"model", "settings", "classes", "palette"} <= content.keys():
+    if not isinstance(content, dict) or "classes" not in content:
         parser.error(f"--checkpoint {path}: it is not a checkpoint of this script")
-    return content["settings"]
+    saved = vars(parser.parse_args([])) | content["settings"]  # unknown settings had their default
+    keys = [*OF_MODEL] if given.data else [*OF_MODEL, "data", "pairs"]
+    if not given.data or given.data.startswith(f"{saved['name']}:"):
+        keys += ["base_size", "window", "stride"]
+    out = "predictions" if given.predict else str(Path(path).parent)
+    return {**{key: saved[key] for key in keys}, "checkpoint": path, "out": out, "workers": 2}
 
 
-def encoder_sizes(args):
-    """The sizes of a new encoder: those of the run folder's checkpoint, of the timm model, or of the weights of
-    --init; none if it starts from scratch. Exits with an error if a file cannot be read."""
-    last, found = Path(args.out, "last.pt"), {}
-    source = f"--init {args.init}"
-    if args.encoder or os.path.exists(last):
-        source = f"--encoder {args.encoder}" if args.encoder else last
-    try:
-        if args.encoder:
-            timm = train.import_optional("timm")
-            with torch.device("meta"):  # only for its sizes
-                model = timm.create_model(args.encoder.removeprefix("timm:"))
-            if not isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
-                raise ValueError("it must be one of timm's VisionTransformer or Eva models")
-            found = {"patch_size": model.patch_embed.feat_ratio(), "dim": model.embed_dim}
-        elif os.path.exists(last):  # its weights replace those of --init
-            found = loca.read_torch_file(last)["settings"]
-        elif args.init != "none":
-            found = loca.load_weights(args.init, args.branch).sizes
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        fail(f"{source}: {error}")
-    except (KeyError, TypeError):
-        fail(f"cannot resume from {last}: it is not a checkpoint of this script; use another --out")
-    # If the weights have a class token, the encoder keeps it; the decoder never sees it.
-    return {key: found.get(key) for key in (*SIZE_KEYS, "class_token")}
-
-
-def settle_windows(args, preset, parser):
-    """Set crop, window and stride to [height, width]: as given, or the preset's, adapted to the patch size."""
-    patch, usual = args.patch_size, preset.get("window", preset["crop"])
-    for flag in ("crop", "window", "stride"):
-        sides = getattr(args, flag)
-        if sides and len(sides) > 2:
-            parser.error(f"--{flag} {' '.join(map(str, sides))}: give a side, or height and width")
-        setattr(args, flag, sides and (sides * 2)[:2])  # one side is both height and width
-    fill(args, {"crop": [math.ceil(side / patch) * patch for side in preset["crop"]]})
-    fill(args, {"window": preset.get("window", args.crop)})
-    for flag in ("crop", "window"):
-        sides = getattr(args, flag)
-        nearest = [max(1, round(side / patch)) * patch for side in sides]
-        if sides != nearest:
-            old, new = (" ".join(map(str, x)) for x in (sides, nearest))
-            parser.error(f"--{flag} {old} is not a multiple of the patch size {patch}: try --{flag} {new}")
-    steps = zip(preset["stride"], args.window, usual)
-    fill(args, {"stride": [max(1, step * window // old) for step, window, old in steps]})
+def settle_sizes(args, given, parser):
+    """Make crop, window and stride [height, width], adapt those that no flag sets to the patches and to the
+    window, and check those that are given."""
+    patch = args.patch_size
+    if not given.crop:
+        args.crop = [math.ceil(side / patch) * patch for side in args.crop]
+    args.window = args.window or args.crop
+    for key in ("crop", "window", "stride"):
+        sides = getattr(args, key)
+        if len(sides) > 2:
+            parser.error(f"--{key} {' '.join(map(str, sides))}: give a side, or height and width")
+        setattr(args, key, (sides * 2)[:2])
+        if key != "stride" and any(side % patch for side in sides):
+            parser.error(f"--{key} {' '.join(map(str, sides))}: use multiples of the patch size, {patch}")
+    if not given.stride:
+        args.stride = [min(sides) for sides in zip(args.stride, args.window)]
     if any(step > side for step, side in zip(args.stride, args.window)):
         parser.error("--stride {} {} must not exceed the window {} {}".format(*args.stride, *args.window))
     args.image_size = args.crop  # loca.load_vit finds it in the settings of a checkpoint
 
 
 def parse_args(arguments=None):
-    """The command line -> settings, complete and checked. What no flag sets comes from the checkpoint of
-    --eval-only and --predict or from the weights, and then from the preset of the data set or of --small."""
+    """The command line -> settings, complete and checked. Flags override what comes from the checkpoint or
+    the weights, and that overrides the preset of the data set or of --small."""
     parser = make_parser()
-    args = parser.parse_args(arguments)
-    training = not (args.eval_only or args.predict)
-    args.name, _, folder = (args.data or "scenes:").partition(":")
-    args.folder = folder or None
-    preset = choose_preset(args)
-    if training and args.checkpoint:
-        parser.error("--checkpoint works only with --eval-only or --predict; use --init for initial weights")
+    given = parser.parse_args(arguments)
+    preset, training = choose_preset(given), not (given.eval_only or given.predict)
+    if training and (given.checkpoint or given.split == "test"):
+        parser.error("--checkpoint and --split test need --eval-only or --predict; to train, use --init")
+    if given.encoder and given.init not in (None, "none"):
+        parser.error("--encoder has its own weights: give no --init, or --init none to start from scratch")
     if training:
-        fill(args, {key: preset[key] for key in ("init", "out")})
-        fill(args, loca.SIZES.get(args.model, {}))
-        fill(args, encoder_sizes(args))
+        found = settings_of_weights(given.encoder, given.init or preset["init"], given.branch)
     else:
-        if args.eval_only:
-            fill(args, {"checkpoint": str(Path(args.out or preset["out"], "best.pt"))})
-        saved = {**NOT_IN_OLD_CHECKPOINTS, **settings_of_checkpoint(args.checkpoint, parser)}
-        if args.data is None:
-            args.name, args.folder = saved["name"], saved["folder"]
-            fill(args, {"pairs": saved.get("pairs")})
-        if args.eval_only and args.folder and not os.path.isdir(args.folder):
-            parser.error(f"the checkpoint's data folder {args.folder} does not exist; give --data NAME:DIR")
-        for key in ("model", "encoder", "decoder", "crop", *SIZE_KEYS):
-            if getattr(args, key) not in (None, saved[key]):
-                parser.error(f"{train.flag(key)}: the model comes from the checkpoint; remove this flag")
-        fill(args, {key: saved[key] for key in OF_MODEL})
-        if args.name == saved["name"]:  # the protocol of another data set is its own
-            preset |= {key: saved[key] for key in ("base_size", "window", "stride")}
-        out = "predictions" if args.predict else str(Path(args.checkpoint).parent)
-        preset |= {"out": out, "workers": 2}
-    if (args.classes or args.pairs) and args.name != "folder":
-        parser.error("--classes and --pairs work only with --data folder:DIR")
-    fill(args, {key: value for key, value in preset.items() if key not in ("crop", "window", "stride")})
-    settle_windows(args, preset, parser)
+        best = str(Path(given.out or preset["out"], "best.pt")) if given.eval_only else None
+        found = settings_of_checkpoint(given.checkpoint or best, given, parser)
+    sources = {**preset, **found, **loca.SIZES.get(given.model, {})}
+    args = parser.parse_args(arguments, argparse.Namespace(**sources))  # flags override these values
+    args.name, _, args.folder = (args.data or "scenes:").partition(":")
+    if (args.data or args.pairs) and not (args.name in DATASETS and args.folder):
+        parser.error(f"--data must be NAME:DIR with NAME in {', '.join(DATASETS)}; got {args.data!r}")
+    if args.folder and not args.predict and not os.path.isdir(args.folder):
+        parser.error(f"no such folder: {args.folder}; give --data NAME:DIR")
+    settle_sizes(args, given, parser)
+    for key in () if training else OF_MODEL:
+        if getattr(args, key) != found[key]:
+            parser.error(f"{train.flag(key)}: the model comes from the checkpoint; remove this flag")
     if training:
         train.settle_batch(args, parser)
-    data = DATASETS.get(args.name)
-    if args.split == "test" and not (args.eval_only and data and len(data.splits) == 3):
-        parser.error("--split test needs --eval-only and a data set that has test images with masks")
     return args
 
 

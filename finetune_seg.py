@@ -42,7 +42,7 @@ SPLITS = {
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
 MOST_IGNORED = 0.05  # largest share of a mask's pixels with colors that are not listed
 MOST_INFERRED = 64  # largest number of classes that is taken from the values in the masks
-LIST_THEM = "for folder:DIR, write DIR/classes.txt: a line NAME GRAY ('object 255') or NAME R G B per class"
+LIST_THEM = "list the classes in DIR/classes.txt, one per line: NAME GRAY or NAME R G B, e.g., 'object 255'"
 VAL_SCENES = 50  # number of drawn scenes for validation
 
 
@@ -124,6 +124,8 @@ sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truc
 wood""")
 CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain,
 sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
+CITYSCAPES_COLORS = dict(zip(colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4
+dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20"""), range(19)))
 CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED)
 CITYSCAPES_IDS |= dict(zip((7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33), range(19)))
 CAMVID = names_of("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
@@ -171,11 +173,11 @@ DATASETS = {
         epochs=256),
     "cityscapes": DataSet(
         CITYSCAPES, (("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png"),),
-        values=CITYSCAPES_IDS, base_size=1024, crop=768, lr=0.01, epochs=216),
+        values=CITYSCAPES_IDS, colors=CITYSCAPES_COLORS, base_size=1024, crop=768, lr=0.01, epochs=216),
     "bdd100k": DataSet(
         CITYSCAPES, (("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
                      ("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")),
-        roots=("bdd100k",), base_size=720, crop=640, lr=0.01, epochs=108),
+        roots=("bdd100k",), colors=CITYSCAPES_COLORS, base_size=720, crop=640, lr=0.01, epochs=108),
     "camvid": DataSet(
         CAMVID, (("{split}/*.*", "{split}annot/*.png"), ("{split}/*.*", "{split}_labels/*_L.png"),
                  ("701_StillsRaw_full/*.png", "LabeledApproved_full/*_L.png", "{split}.txt")),
@@ -187,7 +189,7 @@ DATASETS = {
         base_size=720, crop=640, lr=0.01, epochs=108),
     "kitti": DataSet(
         CITYSCAPES, (("training/image_2/*.png", "training/semantic/*.png"),),
-        values=CITYSCAPES_IDS, base_size=368, crop=368, stride=256, lr=0.01, epochs=216),
+        values=CITYSCAPES_IDS, colors=CITYSCAPES_COLORS, base_size=368, crop=368, stride=256, lr=0.01, epochs=216),
     "sunrgbd": DataSet(
         SUN, (("image/{split}/img-#.jpg", "label37/{split}/#.png"),
               *((images, masks, None, 5050) for images in ("image/{split}/img-#.jpg", "SUNRGBD-{split}_images/img-#.jpg")
@@ -442,7 +444,7 @@ class DrawnScenes(Labeled):
     """Drawn scenes with their labels, by index; `pairs` holds seeds instead of pairs of files."""
 
     def __init__(self, seeds):
-        self.pairs = seeds
+        self.pairs, self.pixels = seeds, None
 
     def name(self, i):
         return f"scene {self.pairs[i]}"
@@ -472,7 +474,7 @@ def open_data(args, splits, rank, world_size, device, classes=None):
     data = DATASETS[args.name]
     if args.name == "folder":
         data = read_class_list(places(data, args.folder)) or data
-    names = list(data.classes or classes or (f"class {k}" for k in range(ILLEGAL)))
+    names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
     if classes and names != list(classes):
         old, new = (f"{len(x)} classes, {', '.join(x[:30])}" for x in (classes, names))
         fail(f"the checkpoint has {old}; {args.data} has {new}; use the same names in the same order")
@@ -489,8 +491,9 @@ def open_data(args, splits, rank, world_size, device, classes=None):
             shrunk = f"from a short side of {short:.0f} to {args.base_size} pixels"
             say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
     if args.name == "folder" and not data.colors:
-        used = check_values(parts, inferred=not (data.classes or classes))
-        names = names if data.classes or classes else names[:used]
+        inferred = not (data.classes or classes or args.classes)
+        used = check_values(parts, inferred)
+        names = names[:used] if inferred else names
     # The palette: the first color that is listed for each class, unless there are only gray values.
     listed = {label: color for color, label in reversed((data.colors or {}).items())}
     colored = any(len(set(color)) > 1 for color in listed.values())
@@ -860,8 +863,9 @@ METRICS = {
 }  # fmt: skip
 
 
-def report(result, table=True):
-    """Print an evaluation; with `table`, also that of each class, and which classes are never predicted."""
+def report(result, table=True, training=None):
+    """Print an evaluation; with `table`, also that of each class, and which classes are never predicted, with
+    their shares of the `training` pixels by label, or of the evaluated pixels if these are None."""
     rows, total = result["classes"], max(1, sum(row["pixels"] for row in result["classes"]))
     if table:
         width = max(len(row["name"]) for row in rows)
@@ -873,11 +877,15 @@ def report(result, table=True):
         f"{result['protocol']}: "
         + " | ".join(f"{title} {result[name]:.2%}" for name, title in METRICS.items())
     )
-    never = sorted((row for row in rows if row["accuracy"] == 0), key=lambda row: -row["pixels"])
+    pixels = np.array([row["pixels"] for row in rows]) if training is None else training[: len(rows)]
+    never = [k for k in np.argsort(-pixels, kind="stable") if rows[k]["accuracy"] == 0]
     if table and never:
-        named = [f"{row['name']} {row['pixels'] / total:.1%}" for row in never]
-        shown = ", ".join(named[:5] + ["..."] * (len(named) > 5))
-        say(f"note: never predicted correctly (share of the evaluated pixels): {shown}")
+        named = [f"{rows[k]['name']} {pixels[k] / pixels.sum():.1%}" for k in never]
+        shown, kind = (
+            ", ".join(named[:5] + ["..."] * (len(named) > 5)),
+            "evaluated" if training is None else "training",
+        )
+        say(f"note: never predicted correctly (share of the {kind} pixels): {shown}")
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -907,10 +915,12 @@ def add_legend(picture, labels, classes, palette):
 
 
 def draw_sheet(path, model, source, args, device, classes, palette, rows=4, size=(260, 200)):
-    """Write a picture of evenly spaced images of a set, one row each: photo, truth (ignored: white) and
-    prediction."""
+    """Write a picture of evenly spaced images of a set, one row each: photo, truth and prediction."""
     model.eval()
-    sheet, shown = [], []
+    title, font = Image.new("RGB", (3 * size[0], 22), "white"), ImageFont.load_default(14)
+    for column, text in enumerate(("photo", "truth (white: ignored)", "prediction")):
+        ImageDraw.Draw(title).text((column * size[0] + 4, 3), text, fill="black", font=font)
+    sheet, shown = [np.asarray(title)], []
     for i in np.unique(np.linspace(0, len(source) - 1, rows).astype(int)):
         image, truth = source.read(i)
         predicted = segment(model, image.to(device), args, len(classes))
@@ -953,26 +963,30 @@ def evaluate_only(args):
 
 
 def predict(args):
-    """Segment images into --out, a new or empty folder: NAME_mask.png (colors), NAME_overlay.png (with a
-    legend) and NAME_labels.png (indices), each at the photo's place in the folder that was given. classes.txt
-    makes the labels valid masks of folder:DIR."""
+    """Segment images into --out: NAME_mask.png (colors), NAME_overlay.png (with a legend) and NAME_labels.png
+    (indices), each at the photo's place in the folder that was given. classes.txt makes the masks and the
+    labels valid ones of folder:DIR. Exits with an error if a file exists already."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     model, content = load_segmenter(args, device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     photos, failed = {}, 0  # by path of the results, without ending
     for path in map(Path, args.predict):
-        found = train.find_images(path, "--predict") if path.is_dir() else [os.fsencode(path.name)]
+        found = train.find_images(path, "--predict", skip=out) if path.is_dir() else [os.fsencode(path.name)]
         for name in map(os.fsdecode, found):
             photo = (path if path.is_dir() else path.parent) / name
             if photos.setdefault((out / name).with_suffix(""), photo) != photo:
                 fail(f"--predict: {photo} and another photo have the same name; use an --out for each")
-    if out.exists() and any(out.iterdir()):
-        fail(f"--out {out}: the folder is not empty; give another --out")
+    if all(len(set(color)) == 1 for color in palette):  # grays of an earlier version would be read as values
+        palette = voc_palette(len(classes))
+    lines = "".join("{} {} {} {}\n".format(name, *color) for name, color in zip(classes, palette)).encode()
+    listing, kinds = out / "classes.txt", ("mask", "labels", "overlay")
+    taken = [path for result in photos for kind in kinds if os.path.exists(path := f"{result}_{kind}.png")]
+    if taken or (listing.exists() and listing.read_bytes() != lines):
+        fail(f"--out {out}: {taken[0] if taken else listing} already exists; give another --out")
     train.total([0.0], device)  # no process writes before all have looked
     if rank == 0:
-        lines = "".join(f"{name} {k}\n" for k, name in enumerate(classes)).encode()
-        train.write_file(out / "classes.txt", lambda file: file.write(lines))
+        train.write_file(listing, lambda file: file.write(lines))
     say(f"{out}/classes.txt: the checkpoint's classes; NAME_labels.png holds their numbers, from 0")
     for result, photo in [*photos.items()][rank::world_size]:
         try:
@@ -985,7 +999,7 @@ def predict(args):
         mask = paint(labels, palette)
         overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask, 0.55)
         overlay = add_legend(overlay, labels, classes, palette)
-        for kind, picture in (("mask", mask), ("labels", Image.fromarray(labels)), ("overlay", overlay)):
+        for kind, picture in zip(kinds, (mask, Image.fromarray(labels), overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
         train.show(f"{photo} -> {result}_mask.png, _overlay.png, _labels.png")
     if train.total([float(failed)], device)[0] == len(photos):
@@ -996,7 +1010,7 @@ def predict(args):
 # ---------------------------------------------------------------------------------------------------- main
 
 MAY_CHANGE = {  # settings that a resumed run may change
-    "data", "folder", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
+    "data", "folder", "classes", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
     "lr", "clip", "evaluations", "window", "stride", "multi_scale",
 }  # fmt: skip
 
@@ -1101,7 +1115,7 @@ def main(args):
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                 say(f"evaluating {len(val_images)} images")
                 result = evaluate(model, val_images, args, "val", classes, rank, world_size, device)
-                report(result, table=done == total_steps)
+                report(result, done == total_steps, images.pixels)
                 record |= {f"val_{name}": result[name] for name in METRICS}
                 better = best is None or result["miou"] > best
                 best = max(result["miou"], best or 0.0)
@@ -1144,6 +1158,7 @@ OF_MODEL = ("encoder", "decoder", "crop", "class_token", *SIZE_KEYS)  # what a c
 text_that = functools.partial(train.number, str)  # argparse types of text
 existing = text_that(os.path.exists, "an existing file or folder")
 start_of = text_that(lambda x: x == "none" or os.path.exists(x), "none or an existing file")
+number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
 timm_name = text_that(lambda x: x.startswith("timm:"), "timm:NAME")
 
 
@@ -1161,6 +1176,7 @@ def make_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="NAME:DIR", help=f"data set and its folder; NAME: {', '.join(DATASETS)}; default: drawn scenes")
     g.add_argument("--pairs", metavar=("IMAGES", "MASKS"), nargs=2, help="images and masks instead of the known layouts: quoted patterns relative to DIR with * for the shared name, and {split} if there are splits, such as 'image/{split}/*.png' 'label/{split}/*_seg.png'")
+    g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
     g.add_argument("--fraction", type=share, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
@@ -1198,7 +1214,7 @@ def make_parser():
     g.add_argument("--split", default="val", choices=["val", "test"], help="split to evaluate with --eval-only")
     g.add_argument("--multi-scale", **yes_no, help="mean over six scales and flips: slower, a little better")
     g.add_argument("--evaluations", type=positive_int, default=10, help="evenly spaced evaluations per run, the last one at the end; 2 in presets")
-    g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out, which must be new or empty")
+    g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out")
     g = train.add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
     # fmt: on
@@ -1301,6 +1317,8 @@ def parse_args(arguments=None):
     args.name, _, args.folder = (args.data or "scenes:").partition(":")
     if (args.data or args.pairs) and not (args.name in DATASETS and args.folder):
         parser.error(f"--data must be NAME:DIR with NAME in {', '.join(DATASETS)}; got {args.data!r}")
+    if args.classes and args.name != "folder":
+        parser.error("--classes works only with --data folder:DIR")
     if args.folder and not args.predict and not os.path.isdir(args.folder):
         parser.error(f"no such folder: {args.folder}; give --data NAME:DIR")
     settle_sizes(args, given, parser)

@@ -1976,8 +1976,12 @@ def test_classes_that_are_never_predicted_are_named(matrix, line, capsys):
         {"name": name, "iou": None, "accuracy": x / n, "pixels": n}
         for name, x, n in zip("ABCDEFGH", right, pixels)
     ]
-    finetune_seg.report({"protocol": "", "classes": rows, **dict.fromkeys(finetune_seg.METRICS, 0.5)})
+    result = {"protocol": "", "classes": rows, **dict.fromkeys(finetune_seg.METRICS, 0.5)}
+    finetune_seg.report(result)
     assert capsys.readouterr().out.splitlines()[len(rows) + 2 :] == [line] * bool(line)
+    finetune_seg.report(result, training=np.array([60, 10, 30] + [0] * 253))
+    if len(rows) == 3:
+        assert "(share of the training pixels): C 30.0%, B 10.0%" in capsys.readouterr().out
 
 
 def place(x):
@@ -2154,7 +2158,7 @@ def save_pair(image, mask, values=(0, 1), height=4, width=6):
 def open_part(name, folder, splits="train", base_size=0, pairs=None, known=None):
     """The first split of a data set, its class names and palette, and what was said about it."""
     args = {"name": name, "folder": str(folder), "base_size": base_size, "pairs": pairs, "data": name}
-    said = []
+    args["classes"], said = None, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_seg, "say", said.append)
         given = (SimpleNamespace(**args), splits.split(), 0, 1, CPU, known)
@@ -2570,16 +2574,14 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     assert (mask == np.array(content["palette"])[labels]).all()
     sizes = {"sub/thin": (3, 90), "side": (20, 30), "a.b": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
-    # With classes.txt, the labels are masks of a folder.
+    # With classes.txt, the labels and the colors are masks of a folder.
     save(tmp_path / "images/odd.jpg", (tmp_path / "in/odd.jpg").read_bytes())
     (tmp_path / "in/out/classes.txt").rename(tmp_path / "classes.txt")
-    pairs = ["images/*.jpg", "in/out/*_labels.png"]
-    part = finetune_seg.Labeled(
-        finetune_seg.read_class_list([tmp_path]),
-        finetune_seg.find_pairs("folder", tmp_path, "train", pairs),
-        3,
-    )
-    assert list(part.data.classes) == content["classes"] and (part.read(0)[1].numpy() == labels).all()
+    listed = finetune_seg.read_class_list([tmp_path])
+    for kind in ("labels", "mask"):
+        pairs = finetune_seg.find_pairs("folder", tmp_path, "train", ["images/*.jpg", f"in/out/*_{kind}.png"])
+        part = finetune_seg.Labeled(listed, pairs, 3)
+        assert list(listed.classes) == content["classes"] and (part.read(0)[1].numpy() == labels).all()
     two = f"{tmp_path}/in/sub {tmp_path}/in/odd.jpg --out {tmp_path}/two --window 24 --multi-scale"
     run(finetune_seg, f"{flags}/in/side.jpg {two}")
     assert {path.name for path in tmp_path.glob("two/*_mask.png")} == {
@@ -2591,7 +2593,10 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     run(finetune_seg, f"{flags}/in/odd.jpg --out {tmp_path}/small")
     small = made("odd_labels.png", "small")
     assert small.shape == (37, 53) and 0.8 < (small == labels).mean()
-    assert "is not empty" in fails(finetune_seg, f"{flags}/in/odd.jpg --out {tmp_path}/small")
+    run(finetune_seg, f"{flags}/in/sub --out {tmp_path}/small")  # the folder may be used again
+    assert "odd_mask.png already exists" in fails(finetune_seg, f"{flags}/in/odd.jpg --out {tmp_path}/small")
+    (tmp_path / "small/classes.txt").write_text("other 0 0 0\n")
+    assert "classes.txt already exists" in fails(finetune_seg, f"{flags}/in/side.jpg --out {tmp_path}/small")
     assert "none of the images" in fails(finetune_seg, f"{flags}/in/broken.png --out {tmp_path}/broken")
     save(tmp_path / "in/odd.png", picture())
     assert "have the same name" in fails(

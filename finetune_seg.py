@@ -422,16 +422,12 @@ class Labeled:
         return labels
 
     def check(self, i):
-        """For sums over masks: pixels by label [256] and the short side of the image. Exits with an error if
-        the mask is invalid."""
-        try:
-            with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
-                width, height = image.size
-                if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # rotated by 90 degrees
-                    width, height = height, width
-            labels = self.labels(i, height, width)
-        except Exception as error:  # a damaged file can make a decoder raise anything
-            fail(f"mask {self.pairs[i][1]}: {error} (image: {self.name(i)})")
+        """For sums over masks: pixels by label [256] and the short side of the image. Raises ValueError."""
+        with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
+            width, height = image.size
+            if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # rotated by 90 degrees
+                width, height = height, width
+        labels = self.labels(i, height, width)
         return np.array([*np.bincount(labels.ravel(), minlength=256), min(height, width)])
 
     def read(self, i):
@@ -455,11 +451,24 @@ class DrawnScenes(Labeled):
 
 
 def check_masks(part, rank, world_size, device):
-    """Read all masks once, shared among the processes, and set part.pixels -> mean short side of images."""
+    """Read all masks once, shared among the processes, and set part.pixels -> mean short side of images. Exits
+    with an error that names invalid masks."""
+    wrong, nothing = [], np.zeros(256 + 1, np.int64)
+
+    def check(i):
+        try:
+            return part.check(i)
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            wrong.append(f"{part.pairs[i][1]}: {error} (image: {part.name(i)})")
+            return nothing
+
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     with ThreadPoolExecutor() as pool:
-        counts = pool.map(part.check, range(rank, len(part), world_size))
-        *pixels, short = train.total(sum(counts, np.zeros(256 + 1, np.int64)), device)
+        counts = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
+    found = sum(train.gather(wrong, world_size), [])
+    if found:
+        fail(f"{len(found)} invalid masks, such as {min(found)}")
+    *pixels, short = train.total(counts, device)
     part.pixels = np.array(pixels)
     return short / len(part)
 

@@ -4,7 +4,6 @@ They need no network and no GPU. Where there is a GPU, the tests with a device r
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -25,10 +24,8 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
 from colorsys import hsv_to_rgb, rgb_to_hsv
 from fractions import Fraction
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -73,61 +70,47 @@ def device(request):
 RECORDED = {
     "one device": {"seed": 0, "loss": [8.9151993],
         "position_loss": [5.4645753], "feature_loss": [3.450624], "gradient_norms": """
-        .11261 .72259 .020608 .0011787 .0010575 .01257 .0027024 .0070585 .0095996 .015847 .10237 .031203
-        .099687 0 .0087053 .033182 .042061 .0019321 .0095213 .022166 .034636 .32253 .091281 .026087
-        .0026153 .02716 .0070503 .048294 .10815 .11593 .16597 0 .0082562 .11473 .087987 .0023851 .0063446
-        .055537 .03601 .044275 .0044123 .026989 .012129 .044462 .10286 .11462 .1611 0 .0088223 .11388
-        .0733 .005366 .0083731 .067473 .045188 .038036 .068838 .063479 .38752 .62299 1.053 2.0774 1.9918
-        5.9151 2.4108 8.4718"""},
+        .11261 .72259 .020608 .0011787 .0010575 .01257 .0027024 .0070585 .0095996 .015847 .10237 .031203 .099687 0 .0087053 .033182 .042061 .0019321
+        .0095213 .022166 .034636 .32253 .091281 .026087 .0026153 .02716 .0070503 .048294 .10815 .11593 .16597 0 .0082562 .11473 .087987 .0023851
+        .0063446 .055537 .03601 .044275 .0044123 .026989 .012129 .044462 .10286 .11462 .1611 0 .0088223 .11388 .0733 .005366 .0083731 .067473 .045188
+        .038036 .068838 .063479 .38752 .62299 1.053 2.0774 1.9918 5.9151 2.4108 8.4718"""},
     "two devices": {"seed": 1, "loss": [8.5139561, 8.4798126],
         "position_loss": [5.4372711, 5.4171219], "feature_loss": [3.076685, 3.0626907], "gradient_norms": """
-        .18298 .72847 .024181 .0012787 .00069772 .0097353 .0024815 .0069686 .0073922 .012305 .070786
-        .027606 .07146 0 .0073858 .028257 .031129 .0019359 .0075145 .016323 .022233 .4689 .23525 .063513
-        .0051355 .041764 .016445 .072614 .12405 .18613 .22275 0 .014812 .18768 .14205 .0068293 .010298
-        .12269 .082426 .044287 .0041931 .049844 .015625 .07755 .13225 .17601 .19753 0 .0099899 .18084
-        .11025 .0053197 .0078641 .080279 .053801 .028083 .058171 .04779 .27501 .92402 1.3713 2.7067
-        2.3538 9.3373 3.4316 6.5268"""},
+        .18298 .72847 .024181 .0012787 .00069772 .0097353 .0024815 .0069686 .0073922 .012305 .070786 .027606 .07146 0 .0073858 .028257 .031129
+        .0019359 .0075145 .016323 .022233 .4689 .23525 .063513 .0051355 .041764 .016445 .072614 .12405 .18613 .22275 0 .014812 .18768 .14205 .0068293
+        .010298 .12269 .082426 .044287 .0041931 .049844 .015625 .07755 .13225 .17601 .19753 0 .0099899 .18084 .11025 .0053197 .0078641 .080279 .053801
+        .028083 .058171 .04779 .27501 .92402 1.3713 2.7067 2.3538 9.3373 3.4316 6.5268"""},
     "position loss only": {"seed": 2, "loss": [5.4141612],
         "position_loss": [5.4141612], "feature_loss": [0], "gradient_norms": """
-        .013293 .37713 .0007871 .00080318 .00082601 .011613 .0021184 .011003 .0097346 .02069 .10558
-        .037603 .10492 0 .0097202 .040478 .03406 .0016153 .010406 .022919 .025852 .039125 .04023 .0050425
-        .0011661 .0037618 .0048692 .0076413 .042 .013118 .038341 0 .0037485 .012968 .010819 .00084141
-        .0035788 .009299 .0090892 .0036812 .0010297 .0040866 .0044254 .0067597 .038035 .013033 .037561 0
-        .0036585 .013037 .013591 .00048347 .004168 .0062417 .0086884 .037647 .061141 .069909 .38516"""},
+        .013293 .37713 .0007871 .00080318 .00082601 .011613 .0021184 .011003 .0097346 .02069 .10558 .037603 .10492 0 .0097202 .040478 .03406 .0016153
+        .010406 .022919 .025852 .039125 .04023 .0050425 .0011661 .0037618 .0048692 .0076413 .042 .013118 .038341 0 .0037485 .012968 .010819 .00084141
+        .0035788 .009299 .0090892 .0036812 .0010297 .0040866 .0044254 .0067597 .038035 .013033 .037561 0 .0036585 .013037 .013591 .00048347 .004168
+        .0062417 .0086884 .037647 .061141 .069909 .38516"""},
 }  # fmt: skip
 
 
 def published_shapes(feature=True):
     """Shapes of the recorded model's parameters by published name."""
     layers = {"ToTokenSequence_0/embedding": (16, 16, 3, 32), "position_predictor": (32, 196)}
-    norms = ["encoder_norm", "final_norm"]
+    norms, head = ["encoder_norm", "final_norm"], "projection_head_for_clustering_prediction"
     for block, count in (("encoderblock_0", 2), ("encoderblock_1", 2), ("cross_attention_block", 3)):
         norms += [f"{block}/LayerNorm_{i}" for i in range(count)]
         attention = f"{block}/MultiHeadDotProductAttention_0"
         layers |= {f"{attention}/{part}": (32, 4, 8) for part in ("query", "key", "value")}
         layers |= {f"{attention}/out": (4, 8, 32)}
         layers |= {f"{block}/MlpBlock_0/Dense_0": (32, 64), f"{block}/MlpBlock_0/Dense_1": (64, 32)}
-    head = "projection_head_for_clustering_prediction"
     if feature:
         layers |= {f"{head}/Dense_{i}": shape for i, shape in enumerate([(32, 40), (40, 40), (40, 16)])}
-        layers |= {f"{head}/prototypes": (16, 48)}
     shapes = {f"{name}/kernel": shape for name, shape in layers.items()}
     shapes |= {f"{name}/bias": x[1:] if x == (32, 4, 8) else x[-1:] for name, x in layers.items()}
     shapes |= {f"{name}/{part}": (32,) for name in norms for part in ("scale", "bias")}
-    shapes.pop(f"{head}/prototypes/bias", None)
+    shapes |= {f"{head}/prototypes/kernel": (16, 48)} if feature else {}
     return shapes | {"ToTokenSequence_0/posembed_input": (1, 14, 14, 32)}
 
 
 def draw_published(r, shapes):
-    """Published parameters, in the order of the recordings."""
     normal = {name: r.standard_normal(shapes[name]).astype(np.float32) for name in sorted(shapes)}
     return {name: x * np.float32(0.1) + np.float32(name.endswith("scale")) for name, x in normal.items()}
-
-
-def recorded_model(parameters, prototypes=48):
-    model = loca.LOCA(loca.ViT(224, 16, 32, 2, 4, 64, drop_path=0.0), prototypes, 40, 16)
-    model.load_state_dict(loca.published_to_state_dict(parameters))
-    return model
 
 
 def check_recorded(name, rank=0, device="cpu"):
@@ -144,8 +127,10 @@ def check_recorded(name, rank=0, device="cpu"):
     views = {"reference": reference, "query": query, "query_targets": query_targets}
     views |= {"focal": torch.stack(focal, 1), "focal_targets": torch.stack(focal_targets, 1)}
 
-    model = recorded_model(student, 48 if feature else 0).to(device)
-    teacher = loca.make_teacher(recorded_model(ema).to(device)) if feature else None
+    models = [loca.LOCA(loca.ViT(224, 16, 32, 2, 4, 64, 0.0), 48 * feature, 40, 16) for _ in range(2)]
+    for model, parameters in zip(models, (student, ema)):
+        model.load_state_dict(loca.published_to_state_dict(parameters))
+    model, teacher = models[0].to(device), loca.make_teacher(models[1].to(device)) if feature else None
     net = nn.parallel.DistributedDataParallel(model) if devices > 1 else model
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         losses = net(views, teacher, visible, keep)
@@ -192,8 +177,7 @@ def test_recorded_step_of_two_devices(tmp_path):
 )
 def test_recorded_correspondences(reference, query, first_row, first_column):
     """Maps of the released pipeline for mirrored queries."""
-    boxes, flip = (torch.tensor(reference), torch.tensor(query)), torch.tensor(True)
-    targets = loca.patch_targets(*boxes, flip, 96, 6, 14).view(6, 6)
+    targets = loca.patch_targets(*map(torch.tensor, (reference, query, True)), 96, 6, 14).view(6, 6)
     assert targets[0].tolist() == first_row and targets[:, 0].tolist() == first_column
 
 
@@ -224,43 +208,56 @@ def plain_scores(head, tokens, temperature):
 
 
 def plain_step(model, views, teacher, visible, keep):
-    """The published step, with the matched patches picked out by their indices."""
-    reference = teacher.encoder(views["reference"]).detach()
+    """The published step, with the matched patches picked out by their indices. Without a teacher, the
+    student encodes the reference, and queries get no position embedding."""
+    encode = functools.partial(model.encoder, position=teacher is not None)
+    reference = (teacher or model).encoder(views["reference"], keep=None if teacher else visible)
+    context = reference.detach()[:, visible] if teacher else reference
+    tokens = [encode(views["query"], keep=keep), *map(encode, views["focal"].unbind(1))]
+    targets = [views["query_targets"][:, keep], *views["focal_targets"].unbind(1)]
+    tokens, targets = torch.cat(tokens, 1), torch.cat(targets, 1)
+    image, patch = (targets >= 0).nonzero(as_tuple=True)
+    target = targets[image, patch]
+    logits = model.predictor(tokens, context)[image, patch]
+    position, predicted = F.cross_entropy(logits, target), logits.argmax(-1)
+    off = [math.dist(divmod(a, 4), divmod(b, 4)) for a, b in zip(predicted.tolist(), target.tolist())]
+    losses = {
+        "loss": model.position_weight * position,
+        "position_loss": position,
+        "feature_loss": torch.tensor(0.0),
+        "position_accuracy": (predicted == target).float().mean(),
+        "position_distance": torch.tensor(off).mean(),
+    }
+    if model.head is None:
+        return losses
     assigned = plain_scores(teacher.head, reference, model.teacher_temperature).softmax(-1).detach()
     for _ in range(3):  # Sinkhorn: over samples, then over prototypes
         assigned = assigned / assigned.sum((0, 1), keepdim=True)
         assigned = assigned / assigned.sum(-1, keepdim=True)
-    tokens = [model.encoder(views["query"], keep=keep), *map(model.encoder, views["focal"].unbind(1))]
-    targets = [views["query_targets"][:, keep], *views["focal_targets"].unbind(1)]
-    tokens, targets = torch.cat(tokens, 1), torch.cat(targets, 1)
     log_p = plain_scores(model.head, tokens, model.student_temperature).log_softmax(-1)
-    image, patch = (targets >= 0).nonzero(as_tuple=True)
-    target = targets[image, patch]
-    logits = model.predictor(tokens, reference[:, visible])[image, patch]
-    position, predicted = F.cross_entropy(logits, target), logits.argmax(-1)
-    off = [math.dist(divmod(a, 4), divmod(b, 4)) for a, b in zip(predicted.tolist(), target.tolist())]
     cross_entropy = -(assigned[image, target] * log_p[image, patch]).sum(-1).mean()
     mean = log_p.exp().mean((0, 1))
     entropy = -(mean * mean.log()).sum()
     feature = cross_entropy - entropy
-    return {
-        "loss": model.position_weight * position + model.feature_weight * feature,
-        "position_loss": position,
+    return losses | {
+        "loss": losses["loss"] + model.feature_weight * feature,
         "feature_loss": feature,
-        "position_accuracy": (predicted == target).float().mean(),
-        "position_distance": torch.tensor(off).mean(),
         "cross_entropy": cross_entropy,
         "prototype_perplexity": entropy.exp(),
         "target_entropy": -(assigned * assigned.log())[:, ::5].sum(-1).mean(),
     }
 
 
-@pytest.mark.parametrize("focal, weights", [(3, (1, 1)), (0, (1, 1)), (3, (0.5, 2))])
-def test_step_equals_the_plain_one(focal, weights):
-    settings = {"student_temperature": 0.2, "teacher_temperature": 0.08}
-    model = tiny(0.0, position_weight=weights[0], feature_weight=weights[1], **settings)
-    teacher, views = loca.make_teacher(tiny(0.0)), tiny_views(focal=focal)
-    given = (views, teacher, torch.tensor([3, 4, 5]), torch.tensor([9, 2, 14, 7, 0]))
+WEIGHTED, ALONE = {"position_weight": 0.5, "feature_weight": 2}, {"feature_weight": 0}
+WITH_TEACHER = {**ALONE, "reference_encoder": "teacher", "query_position": True}
+
+
+@pytest.mark.parametrize("focal, settings", [(3, {}), (0, {}), (3, WEIGHTED), (3, ALONE), (3, WITH_TEACHER)])
+def test_step_equals_the_plain_one(focal, settings):
+    model = tiny(0.0, student_temperature=0.2, teacher_temperature=0.08, **settings)
+    assert model.needs_teacher == (settings != ALONE)
+    teacher = loca.make_teacher(tiny(0.0)) if model.needs_teacher else None
+    given = (tiny_views(focal=focal), teacher, torch.tensor([3, 4, 5]), torch.tensor([9, 2, 14, 7, 0]))
     results = [model(*given), plain_step(model, *given)]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(losses["loss"], list(model.parameters())) for losses in results]
@@ -269,9 +266,9 @@ def test_step_equals_the_plain_one(focal, weights):
 
 @pytest.mark.parametrize("position", [True, False])
 def test_vit_equals_the_plain_one_on_rectangles(position):
-    """With kept tokens, a resized position embedding, and stochastic depth."""
+    """With kept tokens, a resized position embedding, and stochastic depth; the stream stays float32."""
     torch.manual_seed(0)
-    vit, images = loca.ViT((32, 48), 8, 24, 2, 3, 48), torch.randn(3, 3, 64, 40)
+    vit, images, seen = loca.ViT((32, 48), 8, 24, 2, 3, 48), torch.randn(3, 3, 64, 40), []
     grid = vit.pos_embed.view(1, 4, 6, 24).permute(0, 3, 1, 2)
     resized = F.interpolate(grid, (8, 5), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
     patches = vit.patch_embed(images).flatten(2).transpose(1, 2) + (resized if position else 0)
@@ -286,6 +283,10 @@ def test_vit_equals_the_plain_one_on_rectangles(position):
     vit, everything = vit.eval(), torch.arange(40)
     torch.testing.assert_close(vit(images, keep=everything, attend=everything), vit(images))
     assert not torch.allclose(vit(images, attend=everything[1:]), vit(images))
+    vit.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):  # the convolution's layout and precision must not carry over
+        vit(images, position=position)
+    assert seen[0].is_contiguous() and seen[0].dtype == torch.float32
 
 
 def test_stochastic_depth():
@@ -299,58 +300,13 @@ def test_stochastic_depth():
         assert of_block.flatten(1).mean(1).tolist() == pytest.approx([1, 1], abs=0.06)
         assert float((of_block > 0).all(0).float().mean()) == pytest.approx(keep**2, abs=0.03)
     assert vit.eval().draw_branch_scale(2, "cpu") is None
-    assert tiny(drop_path=0.0).encoder.draw_branch_scale(2, "cpu") is None
 
 
-@pytest.mark.parametrize("position", [True, False])
-def test_the_residual_stream_is_contiguous_float32(position):
-    """The memory layout and precision of the convolution's output must not carry over to the blocks."""
-    vit, seen = loca.ViT(32, 8, 24, 3, 3, 48).eval(), []
-    for block in vit.blocks:
-        block.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    with torch.autocast("cpu", torch.bfloat16):
-        vit(torch.randn(2, 3, 32, 32), position=position)
-    assert len(seen) == 3 and all(x.is_contiguous() and x.dtype == torch.float32 for x in seen)
-
-
-WRONG = [
-    (lambda: tiny().encoder(torch.randn(1, 3, 36, 40)), "8 does not divide .*36"),
-    (lambda: loca.ViT((32, 36), 8, 24, 1, 3, 48), "8 does not divide .*32x36"),
-    (lambda: loca.ViT(32, 8, 24, 1, 5, 48), "5 heads do not divide the width 24"),
-    (lambda: loca.vit("XL/16"), "XL/16.*Ti/16, S/16, B/16"), (lambda: tiny(query_tokens=17), "17 query tokens"),
-    (lambda: tiny(masking_ratio=1.0), "masking ratio"), (lambda: tiny(masking_ratio=-0.1), "masking ratio"),
-    (lambda: tiny()(tiny_views()), "needs a teacher"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("build, said", WRONG)
-def test_impossible_arguments_are_named(build, said):
-    with pytest.raises(ValueError, match=said):
-        build()
-
-
-@pytest.mark.parametrize("class_token", [False, True])
-def test_timm_loads_the_weights_and_agrees(class_token):
-    timm, images = pytest.importorskip("timm"), torch.randn(2, 3, 32, 48)
-    own = loca.vit("Ti/16", image_size=(32, 48), class_token=class_token).eval()
-    settings = {"img_size": (32, 48), "class_token": class_token, "global_pool": "", "num_classes": 0}
-    act_layer = functools.partial(nn.GELU, approximate="tanh")
-    theirs = timm.create_model("vit_tiny_patch16_224", act_layer=act_layer, **settings).eval()
-    own.load_state_dict({name: x + 0.01 * torch.randn_like(x) for name, x in own.state_dict().items()})
-    theirs.load_state_dict(own.state_dict(), strict=True)
-    torch.testing.assert_close(own(images), theirs(images)[:, int(class_token) :], rtol=1e-4, atol=1e-5)
-
-
-def test_attention_to_some_tokens_and_in_bf16():
-    torch.manual_seed(0)
-    attention, x, attend = loca.Attention(24, 3), torch.randn(2, 10, 24), torch.tensor([[0, 9], [6, 1]])
-    q, k, v = attention.qkv(x[1:]).chunk(3, -1)
-    expected = attention.proj(loca.multi_head(q, k[:, [6, 1]], v[:, [6, 1]], heads=3))[0]
-    torch.testing.assert_close(attention(x, attend)[1], expected)
-    torch.testing.assert_close(attention(x, attend[1])[1], expected)
+def test_attention_in_bf16_equals_float32():
     results = []
     for dtype in (torch.bfloat16, torch.float32):  # on a CPU, bf16 does not go through PyTorch's kernel
-        q, k, v = (x[:, :n].bfloat16().to(dtype).requires_grad_() for n in (5, 7, 7))
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, n, 24).bfloat16().to(dtype).requires_grad_() for n in (5, 7, 7))
         out = loca.multi_head(q, k, v, heads=3)
         results.append([out, *torch.autograd.grad((out * out.detach()).sum(), (q, k, v))])
         assert all(x.dtype == dtype for x in results[-1])
@@ -381,7 +337,6 @@ def test_masking(kind):
     assert bool((draws.diff(dim=1) == 1).all()) == (kind != "unstructured")
     distinct = len(draws.unique(dim=0))
     assert distinct > 100 if kind == "unstructured" else distinct == {"consecutive": 7, "first": 1}[kind]
-    assert sorted(loca.MASKING[kind](5, 2, 10, "cpu").tolist()) == list(range(10))
     ratios = {0: 100, 0.1: 90, 0.5: 50, 0.9: 10, 0.95: 5, 0.999: 1}
     assert {eta: loca.visible_count(100, eta) for eta in ratios} == ratios
 
@@ -414,15 +369,14 @@ def test_correspondence_equals_the_slow_one(view, grid, reference_grid, every):
         assert maps[i].tolist() == plain
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, -1e4])
-@pytest.mark.parametrize("matched", [True, False])
+@pytest.mark.parametrize("scale, matched", [*itertools.product([0.0, 1.0, 1e4, -1e4], [True, False])])
 def test_losses_stay_finite(scale, matched):
     """Scores that are all equal, one-hot or far apart, and batches without any target."""
     features = (scale * torch.eye(8)[torch.arange(10) % 4]).view(2, 5, 8).requires_grad_()
     prototypes = torch.eye(8).repeat(2, 1).requires_grad_()
     targets = torch.randint(0, 4, (2, 5)) if matched else torch.full((2, 5), -1)
-    assignments, even = (loca.sinkhorn(scale * x) for x in (torch.eye(16)[:8], torch.ones(8, 16)))
-    torch.testing.assert_close(torch.stack([assignments, even]).sum(2), torch.ones(2, 8))
+    assignments = loca.sinkhorn(scale * torch.eye(16)[:8])
+    torch.testing.assert_close(assignments.sum(1), torch.ones(8))
     feature, *_ = loca.feature_loss(features, prototypes, assignments.view(2, 4, 16), targets)
     position, accuracy = loca.position_loss(features, targets)
     (feature + position).backward()
@@ -430,22 +384,12 @@ def test_losses_stay_finite(scale, matched):
     assert matched or position.detach() == accuracy == 0
 
 
-def test_distance_of_random_positions():
-    logits, targets = torch.randn(400, 9, 20), torch.randint(20, (400, 9))
-    distance = loca.position_distance(logits, targets, 5).item()
-    model = SimpleNamespace(positions=20, encoder=SimpleNamespace(grid=(4, 5)), position_weight=1, head=None)
-    assert distance == pytest.approx(train.chance_levels(model)["position_distance"], rel=0.05)
-
-
 def test_single_image():
     """A view predicts its own positions from its content and some of its tokens."""
     views, visible = tiny_views(), torch.tensor([0, 3, 9])
     model = tiny(prototypes=0, single_image=True, drop_path=0.0)
     loss = model(views, visible=visible)["loss"]
-    tokens = model.encoder.patch_embed(views["reference"]).flatten(2).transpose(1, 2)
-    for block in model.encoder.blocks:
-        tokens = block(tokens, attend=visible)
-    tokens = model.encoder.norm(tokens)
+    tokens = model.encoder(views["reference"], position=False, attend=visible)
     logits = model.predictor(tokens, tokens[:, visible]).flatten(0, 1)
     torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(16).repeat(2)))
     loss.backward()
@@ -467,32 +411,7 @@ def test_teacher_follows_the_student():
         assert not p.requires_grad and own[name].requires_grad
 
 
-WITH_TEACHER = {"feature_weight": 0, "reference_encoder": "teacher", "query_position": True}
-
-
-def test_who_encodes_the_reference_and_whether_queries_get_positions():
-    """As published by default: with the position loss alone, there is no teacher and no position for queries."""
-    views, visible, keep = tiny_views(), torch.tensor([3, 4, 5]), torch.tensor([9, 2, 14])
-    alone, queries = tiny(0.0, feature_weight=0), views["focal"].flatten(0, 1)
-    assert not alone.needs_teacher and alone.head is None and tiny().needs_teacher
-    context = alone.encoder(views["reference"], keep=visible)
-    focal = alone.encoder(queries, position=False).unflatten(0, (2, 3)).flatten(1, 2)
-    tokens = [alone.encoder(views["query"], keep=keep, position=False), focal]
-    targets = torch.cat([views["query_targets"][:, keep], views["focal_targets"].flatten(1)], 1)
-    loss, _ = loca.position_loss(alone.predictor(torch.cat(tokens, 1), context), targets)
-    losses = alone(views, None, visible, keep)
-    torch.testing.assert_close(losses["loss"], loss)
-    assert losses["feature_loss"] == 0 and "cross_entropy" not in losses
-    model, other = tiny(0.0, **WITH_TEACHER), tiny(0.0)
-    assert model.needs_teacher and model.head is None
-    teachers = loca.make_teacher(model), loca.make_teacher(other)
-    results = [m(views, t, visible, keep)["position_loss"] for m, t in zip((model, other), teachers)]
-    assert results[0] == results[1] != losses["position_loss"]
-
-
-@pytest.mark.parametrize(
-    "variant", [{}, {"prototypes": 0}, WITH_TEACHER, {"prototypes": 0, "single_image": True}]
-)
+@pytest.mark.parametrize("variant", [{}, {"prototypes": 0}, WITH_TEACHER, {"single_image": True}])
 def test_no_shape_depends_on_the_data(variant):
     """The meta device holds no values: .item(), boolean indexing and branches on values fail there."""
     model = tiny(**variant).to("meta")
@@ -505,51 +424,35 @@ def test_no_shape_depends_on_the_data(variant):
     assert all(value.shape == () for value in losses.values())
 
 
-def test_grad_checkpoint_changes_no_gradient(monkeypatch):
-    recomputed, gradients = spy(monkeypatch, loca, "checkpoint", lambda block, *_, **__: block), []
-    for blocks in (0, 1, 1000):
-        model = tiny(prototypes=0)
-        model.encoder.grad_checkpoint = blocks
-        torch.manual_seed(7)
-        recomputed.clear()
-        model(tiny_views())["loss"].backward()
-        assert recomputed == [*model.encoder.blocks[:blocks]] * 3  # reference, random query, focal queries
-        gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(gradients[1:], gradients[:1] * 2)
-
-
 # -------------------------------------------------------------------------------------- weights in and out
 
 
 OFFERED = {"encoder_norm": "final_encoder_norm", "cross_attention_block": "localizer_block_0",
     "position_predictor": "pos_predictor", "projection_head_for_clustering_prediction": "output_projection"}  # fmt: skip
+HEADS = ("cross_attention", "final_norm", "position_predictor", "projection_head")
 
 
 def write_flax(path, offered=False, change=dict):
-    """Write a train state as flax does, msgpack with arrays as extension 1 of (shape, dtype name, bytes): with the
-    names of the released code, or of the files that the authors offer -> its parameters by branch, under the released
-    names. `change` is applied to the parameters of each branch before."""
+    """Write a train state as flax does, in the names of the released code or of the files that authors offer
+    -> its parameters by branch, after `change`, in the released names. Arrays are msgpack's extension 1."""
     msgpack, r = pytest.importorskip("msgpack"), np.random.RandomState(0)
 
     def array(x, code=1):
         return msgpack.ExtType(code, msgpack.packb((list(x.shape), str(x.dtype), x.tobytes())))
 
-    step, state = array(np.array(7, np.int32), 3), {"rng": None}
-    trees = ("student_weights", "teacher_weights") if offered else ("params", "ema_params")
+    step = array(np.array(7, np.int32), 3)
+    state = {"global_step": step, "rng": None, "metadata": {}, "optimizer": {"state": {"step": step}}}
     flat = {branch: change(draw_published(r, published_shapes())) for branch in ("student", "teacher")}
-    if offered:  # and an optimizer whose moments are named like a teacher's weights
-        state |= {"optimizer": {"state": {"step": step}}, "metadata": {}, "accum_train_time": 1.5}
-        flat["optimizer"] = {name: 0 * x for name, x in flat["teacher"].items()}
-        trees += ("optimizer/target",)
-    for tree, parameters in zip(trees, flat.values()):
+    trees = ("student_weights", "teacher_weights") if offered else ("params", "ema_params")
+    zeros = {name: 0 * x for name, x in flat["teacher"].items()}
+    moments = {"optimizer/target": zeros} if offered else {}  # under the names of the weights
+    for tree, parameters in {**dict(zip(trees, flat.values())), **moments}.items():
         for name, value in parameters.items():
             top, _, rest = name.partition("/")
             *parents, leaf = f"{tree}/{OFFERED.get(top, top) if offered else top}/{rest}".split("/")
-            node = state
-            for parent in parents:
-                node = node.setdefault(parent, {})
+            node = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, state)
             node[leaf] = array(value)
-    path.write_bytes(msgpack.packb(state | {"global_step": step}))
+    path.write_bytes(msgpack.packb(state))
     return flat
 
 
@@ -558,23 +461,13 @@ def without(*parts):
     return lambda flat: {name: x for name, x in flat.items() if not any(part in name for part in parts)}
 
 
-def flat_positions(flat):
-    name = "ToTokenSequence_0/posembed_input"
-    return flat | {name: flat[name].reshape(1, -1, 32)}
-
-
-HEADS = ("cross_attention", "final_norm", "position_predictor", "projection_head")
-
-
-@pytest.mark.parametrize("change", [dict, flat_positions, without(*HEADS), without("final_norm")])
-@pytest.mark.parametrize(
-    "offered, prefixes",
-    [(False, ("params.", "ema_params.")), (True, ("student_weights.", "teacher_weights."))],
-)
-def test_flax_files(offered, prefixes, change, tmp_path):
-    """Each array comes back, bit by bit, as the recordings convert it."""
+@pytest.mark.parametrize("change", [dict, without(*HEADS), without("final_norm")])
+@pytest.mark.parametrize("prefixes", [("params.", "ema_params."), ("student_weights.", "teacher_weights.")])
+def test_flax_files(prefixes, change, tmp_path):
+    """Each array comes back, bit by bit, as the recordings convert it; the teacher is the default."""
     path = tmp_path / "checkpoint"
-    parameters = write_flax(path, offered, change)
+    parameters = write_flax(path, "student_weights." in prefixes, change)
+    assert loca.load_weights(path).prefix == prefixes[1]
     for branch, prefix in zip(("student", "teacher"), prefixes):
         state, expected = loca.load_weights(path, branch), loca.published_to_state_dict(parameters[branch])
         assert (state.prefix, state.sizes["heads"], state.heads_assumed) == (prefix, 4, False)
@@ -582,15 +475,13 @@ def test_flax_files(offered, prefixes, change, tmp_path):
         vit, images = loca.ViT(224, 16, 32, 2, 4, 64).eval(), torch.randn(1, 3, 224, 224)
         vit.load_state_dict({k[8:]: x for k, x in expected.items() if k.startswith("encoder.")})
         assert torch.equal(loca.load_vit(path, branch)(images), vit(images))
-    assert loca.load_weights(path).prefix == prefix  # the teacher is the default
 
 
 @pytest.mark.parametrize(
     "lost, named",
     [
-        ("encoderblock_1/", "encoderblock_1.LayerNorm_0.bias"), ("posembed_input", "ToTokenSequence_0.posembed_input"),
-        ("encoder_norm/scale", "final_encoder_norm.scale"),
-        ("encoderblock_1/MultiHeadDotProductAttention_0/key", "encoderblock_1.MultiHeadDotProductAttention_0.query, key, value"),
+        ("encoderblock_1/", "encoderblock_1.LayerNorm_0.bias"), ("encoder_norm/scale", "final_encoder_norm.scale"),
+        ("MultiHeadDotProductAttention_0/key", "encoderblock_0.MultiHeadDotProductAttention_0.query, key, value"),
     ],
 )  # fmt: skip
 def test_what_an_encoder_lacks_is_named_as_in_the_file(lost, named, tmp_path):
@@ -644,25 +535,19 @@ WEIGHT_FILES = {  # of files that hold student s and teacher t
     "MAE": lambda s, _: {"model": s | {"mask_token": FEW, "decoder_embed.weight": FEW}} | ARGS,
     "timm": lambda s, _: s | {"head.weight": FEW},
     "old format": lambda s, _: s,
-    "safetensors": lambda s, _: s,
     "safetensors, Hugging Face": lambda s, _: hugging_face(s),
     "Hugging Face, under vit": lambda s, _: hugging_face(s, "vit."),
 }  # fmt: skip
-ONE_BRANCH = list(WEIGHT_FILES)[-6:]
+ONE_BRANCH = list(WEIGHT_FILES)[-5:]
 MISFITS = [  # width and depth of the ViT; what differs in the weights of one of width 24 and depth 2
-    (24, 3, {}, r"missing: blocks\.2"), (24, 1, {}, r"blocks\.1\."), (48, 2, {}, "shape: .*blocks"),
-    (24, 2, {"blocks.0.ls1.gamma": FEW}, "blocks.0.ls1.gamma"),
-    (24, 2, {"pos_embed": torch.ones(1, 15, 24)}, "15 .*not a square"), (24, 2, {"blocks.0.attn.rel_pos_h": FEW}, "rel_pos_h"),
-    (24, 2, {"reg_token": FEW}, "reg_token"), (24, 2, {"register_tokens": FEW}, "register_tokens"),
+    (24, 3, {}, r"missing: blocks\.2"), (24, 1, {}, r"blocks\.1\."), (48, 2, {}, "shape: .*blocks"), (24, 2, {"reg_token": FEW}, "reg_token"),
+    (24, 2, {"blocks.0.ls1.gamma": FEW}, "blocks.0.ls1.gamma"), (24, 2, {"pos_embed": torch.ones(1, 15, 24)}, "15 .*not a square"),
 ]  # fmt: skip
 UNREADABLE = [
-    (nn.Linear(2, 2), "class torch.nn.modules.linear.Linear"), ([FEW], ""), ({"weights": FEW}, "patch_embed"),
-    ({"patch_embed.proj.weight": torch.ones(8, 3, 4, 4)}, "missing"), ({"epoch": 3, "net": {"stem": FEW}}, "it holds epoch, net"),
+    (nn.Linear(2, 2), "class torch.nn.modules.linear.Linear"), ([FEW], "it holds a list"), ({"epoch": 3, "net": {"stem": FEW}}, "it holds epoch, net"),
     ({"a.patch_embed.proj.weight": torch.ones(8, 3, 4, 4), "a.pos_embed": torch.ones(1, 7, 7, 8)}, "missing: a.blocks|missing: a.norm"),
-    (foreign_vit().state_dict() | {"pos_embed": torch.ones(1, 1 + 16 + 4, 24)}, "20 .*register"),
-    (b"", "incomplete"), (b"no weights", "not weights"), (b"\x81\xa6params" + b"\x81\xa1a" * 4000, "not weights"),
-    (b"PK\x03\x04" + bytes(40), "damaged"), (b"\x80\x02" + bytes(40), "damaged"),
-    (b"\x40" + bytes(7) + b'{"norm.weight"', ""),
+    (foreign_vit().state_dict() | {"pos_embed": torch.ones(1, 1 + 16 + 4, 24)}, "20 .*register"), (b"no weights", "not weights"),
+    (b"\x81\xa6params" + b"\x81\xa1a" * 4000, "not weights"), (b"PK\x03\x04" + bytes(40), "damaged"), (b"\x40" + bytes(7) + b'{"norm.weight"', ""),
 ]  # fmt: skip
 
 
@@ -700,18 +585,12 @@ def test_positions_are_resized_by_their_true_grid_and_the_class_token_dropped_or
         assert torch.allclose(own(images), vit(images), atol=1e-5) == kept
 
 
-@pytest.mark.parametrize(
-    "dim, layout, heads",  # heads of 64 but for H/16 and MoCo v3's ViT-S; ours are in the settings
-    [(256, "timm", 4), (1280, "timm", 16), (384, "I-JEPA", 6), (384, "MoCo v3", 12), (384, "ours", 3)],
-)
+@pytest.mark.parametrize("dim, layout, heads", [(1280, "timm", 16), (384, "MoCo v3", 12), (384, "ours", 3)])
 def test_heads_that_the_file_does_not_tell_are_assumed(dim, layout, heads, tmp_path):
     state = foreign_vit(dim=dim, depth=1, heads=1).state_dict()
     torch.save(WEIGHT_FILES[layout](state, state), tmp_path / "vit.pth")
-    weights = loca.load_weights(tmp_path / "vit.pth", "teacher")
-    assert weights.sizes["heads"] == heads
-    assert weights.heads_assumed == (layout in ("timm", "I-JEPA"))
-    with pytest.warns(match=f"assuming {heads}") if weights.heads_assumed else contextlib.nullcontext():
-        loca.load_vit(tmp_path / "vit.pth")
+    with contextlib.nullcontext() if layout != "timm" else pytest.warns(match=f"assuming {heads}"):
+        assert loca.load_vit(tmp_path / "vit.pth").heads == heads
 
 
 @pytest.mark.parametrize("dim, depth, change, named", MISFITS)
@@ -732,51 +611,35 @@ def test_files_that_hold_no_vit_are_refused_in_one_line(content, said, tmp_path)
     assert str(error.value).isprintable()  # one line, no color codes
 
 
-class Program(nn.Module):
-    def forward(self, x):
-        return x
-
-
-def test_files_of_other_kinds_are_named_and_folders_hold_one_file(tmp_path, capsys):
+def test_files_of_other_kinds_are_named_and_folders_hold_one_file(tmp_path, monkeypatch):
     np.savez(tmp_path / "augreg.npz", weight=np.ones(3))
-    torch.jit.script(Program()).save(tmp_path / "program.pt")
+    torch.jit.trace(nn.Linear(2, 2), torch.ones(2)).save(tmp_path / "program.pt")
     kinds = {"augreg.npz": "NumPy archive.*--encoder timm:NAME", "program.pt": "TorchScript .*state dict"}
-    for name, said in kinds.items():
+    for name, said in {**kinds, "": "it is a folder; give the weights file"}.items():
         with pytest.raises(ValueError, match=said):
             loca.load_weights(tmp_path / name)
-    with pytest.raises(ValueError, match="it is a folder; give the weights file"):
-        loca.load_weights(tmp_path)
     state = foreign_vit().state_dict()
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert torch.equal(loca.load_weights(tmp_path)["encoder.norm.bias"], state["norm.bias"])
     command = [sys.executable, loca.__file__, tmp_path]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[0].startswith("cls_token (1, 1, 24)") and len(lines) == len(state)
+    monkeypatch.setitem(sys.modules, "msgpack", None)  # a package that is not installed
+    (tmp_path / "checkpoint").write_bytes(b"\x81\xa6params")
+    with pytest.raises(ImportError, match="pip install msgpack"):
+        loca.load_weights(tmp_path / "checkpoint")
 
 
-def test_packages_that_are_not_there_are_named(tmp_path, monkeypatch):
-    for package, content in (("msgpack", b"\x81\xa6params"), ("safetensors", bytes(8) + b"{")):
-        for name in (package, f"{package}.torch"):
-            monkeypatch.setitem(sys.modules, name, None)
-        (tmp_path / "weights").write_bytes(content)
-        with pytest.raises(ImportError, match=f"pip install {package}"):
-            loca.load_weights(tmp_path / "weights")
+# ---------------------------------------------------------------------------- running the scripts, tiny data
 
-
-# -------------------------------------------------------------------------------------- running the scripts
-
-CPU = torch.device("cpu")
-TINY_TRAIN = """
-    --scenes 12 --val-images 4 --batch 4 --epochs 2 --image-size 32 --focal-size 16 --focal 2
-    --patch-size 8 --dim 16 --depth 2 --heads 2 --mlp-dim 16 --prototypes 8 --head-hidden 8 --bottleneck 4
-    --precision float32 --device cpu --workers 0 --log-every 2
+ALIKE = "--precision float32 --device cpu --workers 0"
+TINY_TRAIN = f"""{ALIKE} --log-every 2
+    --scenes 12 --val-images 4 --batch 4 --epochs 2 --image-size 32 --focal-size 16 --focal 2 --bottleneck 4
+    --patch-size 8 --dim 16 --depth 2 --heads 2 --mlp-dim 16 --prototypes 8 --head-hidden 8
 """  # 6 steps, log lines at steps 2, 3, 4 and 6
-SEG_FLAGS = """
-    --crop 16 --base-size 20 --batch 2 --steps 6 --log-every 2 --evaluations 2
-    --precision float32 --device cpu --workers 0
-"""
+SEG_FLAGS = f"--crop 16 --base-size 20 --batch 2 --steps 6 --log-every 2 --evaluations 2 {ALIKE}"
 TINY_SEG = f"{SEG_FLAGS} --patch-size 8 --dim 24 --depth 2 --heads 3 --mlp-dim 48"  # the same steps and lines
-EVALUATE = "--eval-only --device cpu --precision float32 --workers 0 --checkpoint"
+EVALUATE = f"--eval-only {ALIKE} --checkpoint"
 both_scripts = pytest.mark.parametrize("script", [train, finetune_seg], ids=lambda script: script.__name__)
 
 
@@ -801,7 +664,6 @@ fails = functools.partial(fails_to, run)  # of a run of a script
 
 
 def saved(out, name="last.pt"):
-    """The contents of a file in a run folder."""
     path = Path(out) / name
     return json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
 
@@ -843,8 +705,8 @@ def child(pipe, script, flags, environment, prepare):
 
 
 def start(script, flags, processes=1, prepare=tuple):
-    """Run a script in processes that know of each other as from torchrun, after `prepare` -> exit codes and what
-    they printed. Fails if a loader worker is alive 15 seconds after they have ended."""
+    """Run a script in processes that know of each other as from torchrun, after `prepare` -> exit codes and
+    what they printed. Fails if a loader worker is alive 15 seconds after they have ended."""
     (reader, pipe), started = SERVER.Pipe(duplex=False), []
     with socket.create_server(("127.0.0.1", 0)) as free:
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -875,15 +737,11 @@ def compare(optimizer):
     assert both[0] == both[1]
 
 
-def exhaust(_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-
-
 ACTIONS = {
     "terminate": lambda _: [signal.raise_signal(x) for x in (signal.SIGUSR1, signal.SIGTERM)],  # as SLURM
     "hang up": lambda _: (os.system("kill -HUP 0"), time.sleep(1)),  # as a closed terminal, to the group
     "insist": lambda _: [(signal.raise_signal(signal.SIGTERM), time.sleep(1.1)) for _ in range(2)],
-    "exhaust": exhaust,
+    "exhaust": mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")),
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "spoil": lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan),
     "compare": compare,
@@ -901,11 +759,7 @@ def at_step(number, action, rank=None):
     register_optimizer_step_post_hook(hook)
 
 
-# ------------------------------------------------------------------------------------------------ tiny data
-
-
 def save(path, content, **options):
-    """Write bytes or an image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -927,12 +781,11 @@ SIDEWAYS[0x0112] = 6  # the camera was held sideways
 def photos(tmp_path_factory):
     """A folder with every kind of image that users have, at several depths."""
     root, plain = tmp_path_factory.mktemp("photos"), Image.fromarray(gradient())
-    turned, palette = plain.transpose(Image.ROTATE_90), plain.quantize(64)
-    moving = [plain.transpose(Image.ROTATE_180)]
+    turned, moving = plain.transpose(Image.ROTATE_90), [plain.transpose(Image.ROTATE_180)]
     for name, image, options in [
         ("plain.png", plain, {}), ("a/photo.JPG", plain, {"quality": 95}), ("a/deep er/new\nline ü.bmp", plain, {}),
         ("a/gray.jpeg", plain.convert("L"), {"quality": 95}), ("a/cmyk.jpg", plain.convert("CMYK"), {"quality": 95}),
-        ("palette.png", palette, {}), ("palette_clear.png", palette, {"transparency": 0}),
+        ("palette.png", plain.quantize(64), {}), ("palette_clear.png", plain.quantize(64), {"transparency": 0}),
         ("alpha.webp", plain.convert("RGBA"), {"lossless": True}), ("notes.txt", b"not an image", {}),
         ("moving.webp", plain, {"lossless": True, "save_all": True, "append_images": moving}),
         ("exif.jpg", turned, {"quality": 95, "exif": SIDEWAYS}), ("exif.png", turned, {"exif": SIDEWAYS}),
@@ -972,24 +825,27 @@ def whole(seg, tmp_path_factory):
     return {train: (TINY_TRAIN, out), finetune_seg: (f"{TINY_SEG} --data folder:{seg}/data", seg / "run")}
 
 
-# --------------------------------------------------------------------------------- images, scenes and views
+# ------------------------------------------------------------------------- images, scenes, views and colors
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with train.catch_signals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.signal is None and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_every_kind_of_image_is_read_as_upright_rgb(photos):
     names = [os.fsdecode(name) for name in train.find_images(photos)]
     assert len(names) == 14 and "notes.txt" not in names
     plain = torch.from_numpy(gradient()).permute(2, 0, 1).float()
-    gray = 0.299 * plain[0] + 0.587 * plain[1] + 0.114 * plain[2]
-    special = {
-        "one.png": plain[:, :1, :1],
-        "thin.png": plain[:, :3].repeat(1, 1, 34),
-        "a/gray.jpeg": gray.expand(3, -1, -1),
-    }
-    lossy = ("a/cmyk.jpg", "palette.png", "palette_clear.png", "exif.jpg", "garbled_exif.jpg", "a/photo.JPG")
+    special = {"one.png": plain[:, :1, :1], "thin.png": plain[:, :3].repeat(1, 1, 34)}
+    special["a/gray.jpeg"] = v2.functional.rgb_to_grayscale(plain, 3)
     for name in names:
         image, expected = train.read_image(photos / name).float(), special.get(name, plain)
         assert image.shape == expected.shape, name
-        assert (image - expected).abs().mean() < (6 if name in lossy else 2.5), name
+        exact = not name.endswith("jpg") and "palette" not in name
+        assert (image - expected).abs().mean() < (2.5 if exact else 6), name
 
 
 def deep(kind):
@@ -1007,9 +863,8 @@ def deep(kind):
     "name, content, said",
     [
         ("x.png", np.zeros((2, 2), np.uint16), "convert all images to 8 bits"), ("x.png", deep("png"), "convert all images to 8 bits"),
-        ("x.tif", np.zeros((2, 2), np.int32), "convert all images to 8 bits"), ("x.tif", np.zeros((2, 2), np.float32), "convert all images to 8 bits"),
-        ("x.tif", deep("tiff"), "convert all images to 8 bits"), ("x.tif", Image.new("RGB", (2, 2)), None), ("x.jpg", b"text", "x.jpg"),
-        ("x.png", Image.new("1", (2, 2)), None), ("x.tif", Image.new("P", (2, 2)), None),
+        ("x.tif", np.zeros((2, 2), np.float32), "convert all images to 8 bits"), ("x.tif", deep("tiff"), "convert all images to 8 bits"),
+        ("x.jpg", b"text", "x.jpg"), ("x.tif", Image.new("RGB", (2, 2)), None), ("x.tif", Image.new("1", (2, 2)), None),
     ],
 )  # fmt: skip
 def test_images_that_are_refused(name, content, said, tmp_path):
@@ -1038,23 +893,23 @@ def test_large_jpegs_are_decoded_smaller(size, scale, tmp_path):
         assert (image - reduced).abs().mean() < 4
 
 
-def test_list_of_images(photos, tmp_path, monkeypatch):
-    for name in ("loop", ".ipynb_checkpoints", "empty"):
-        (tmp_path / name).mkdir()
-    links = {"linked": photos / "a", "loop/back": tmp_path, "broken.png": tmp_path / "nowhere"}
-    for name, target in links.items():
+def test_list_of_images(photos, tmp_path):
+    (tmp_path / "loop").mkdir()
+    for name, target in {"linked": photos / "a", "loop/back": tmp_path, "broken.png": "nowhere"}.items():
         os.symlink(target, tmp_path / name)
-    for name in (b"\xff\xfe.png", b"._x.jpg", b".ipynb_checkpoints/x.png"):
-        shutil.copy(photos / "plain.png", os.fsencode(tmp_path) + b"/" + name)
+    for name in ("\udcff\udcfe.png", "._x.jpg", ".ipynb_checkpoints/x.png"):  # the first is not UTF-8
+        save(tmp_path / name, (photos / "plain.png").read_bytes())
     found = train.find_images(tmp_path)
     linked = ["linked/cmyk.jpg", "linked/deep er/new\nline ü.bmp", "linked/gray.jpeg", "linked/photo.JPG"]
     assert list(found) == [b"broken.png", *map(os.fsencode, linked), b"\xff\xfe.png"]
     assert list(train.find_images(tmp_path, skip=photos / "a")) == [b"broken.png", b"\xff\xfe.png"]
-    assert len(train.find_images(photos / "a", skip=photos / "a")) == 4
     images = train.Images(str(tmp_path), found)
     for i in (0, 5):  # instead of the broken link, another one is read
         assert train.read_or_next(images, i, images.image)[0].shape == (3, 40, 60)
-    assert f"{tmp_path}/none: No such file" in fails(train, f"{TINY_TRAIN} --data {tmp_path}/none")
+
+
+def test_folders_without_images_and_those_that_cannot_be_read_are_named(photos, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
     said = fails(train, f"{TINY_TRAIN} --data {photos} --val {tmp_path}/empty")
     assert said.startswith(f"error: --val {tmp_path}/empty: no images")
     denied = mock.Mock(side_effect=PermissionError(13, "Permission denied", f"{tmp_path}/empty"))
@@ -1062,19 +917,15 @@ def test_list_of_images(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda x: (denied if str(x).endswith("empty") else scan)(x))
     said = fails(train, f"{TINY_TRAIN} --data {tmp_path}")
     assert f"cannot read {tmp_path}/empty: Permission denied" in said
-    many = train.Images("x", np.array([b"%030d" % i for i in range(9999)]))
-    assert many.name(7) == f"x/{7:030}" and len(ForkingPickler.dumps(many)) < 2000  # what a worker is sent
 
 
 @pytest.mark.parametrize(
     "files, said",
     [
-        ("images/a.jpg masks/a.png", "masks/ next to images/ holds masks; use --data DIR/images"),
-        ("s/JPEGImages/a.jpg s/SegmentationClass/a.png s/Annotations/a.xml", "use --data DIR/s/JPEGImages"),
-        ("images/train/a.jpg annotations/train/a.png", "use --data DIR/images"), ("x/img/a.png x/gt_fine/b/a.png", "DIR/x/img"),
-        ("train/a.png trainannot/a.png val/a.png valannot/a.png", "use --data DIR/train"), ("Image/a.jpg Label/a.png", "DIR/Image"),
-        ("x/a.jpg x/a_mask.png", "x/a_mask.png is a mask"), ("images/a.jpg labels/a.txt", None), ("mask/a.jpg dog/a.jpg", None),
-        ("gt/a.jpg label/b.jpg", None), ("a_mask.png b.jpg", None), ("images/a.jpg more/a.jpg", None),
+        ("images/a.jpg masks/a.png", "masks/ next to images/ holds masks; use --data DIR/images"), ("x/img/a.png x/gt_fine/b/a.png", "DIR/x/img"),
+        ("s/JPEGImages/a.jpg s/SegmentationClass/a.png s/Annotations/a.xml", "use --data DIR/s/JPEGImages"), ("mask/a.jpg dog/a.jpg", None),
+        ("train/a.png trainannot/a.png val/a.png valannot/a.png", "use --data DIR/train"), ("images/a.jpg labels/a.txt", None),
+        ("x/a.jpg x/a_mask.png", "x/a_mask.png is a mask"), ("a_mask.png b.jpg", None),
     ],
 )  # fmt: skip
 def test_masks_are_not_trained_on(files, said, tmp_path):
@@ -1091,9 +942,6 @@ def test_scenes_are_the_same_everywhere():
     assert images.shape == (40, 192, 240, 3) and len({x.tobytes() for x in images}) == 40
     digests = [hashlib.sha256(x.tobytes()).hexdigest()[:8] for x in (images, labels)]
     assert digests == ["a2755cd2", "a47ef279"]
-    means = [images[labels == k].mean(0) for k in range(10)]  # of each class
-    distances = np.linalg.norm(np.array(means)[:, None] - np.array(train.SCENE_PALETTE), axis=-1)
-    assert (distances.argmin(1) == np.arange(10)).sum() >= 6  # the labels fit the colors
 
 
 def test_views_show_what_their_boxes_say(photos):
@@ -1101,16 +949,14 @@ def test_views_show_what_their_boxes_say(photos):
     dataset, other = (train.Views(source, train_args(flag)) for flag in ("--focal 3", "--seed 1"))
     for i in range(len(source)):
         item, image = dataset[0, i], source.image(i)
-        assert not item["flips"][0] and item["unreadable"] == ""
         views = [item["reference"], item["query"], *item["focal"]]
         assert [view.shape[1:] for view in views] == [(32, 32)] * 2 + [(16, 16)] * 3
-        for view, (top, left, height, width), flip in zip(views, item["boxes"].tolist(), item["flips"]):
+        assert not item["flips"][0] and item["unreadable"] == ""
+        for view, box, flip in zip(views, item["boxes"].tolist(), item["flips"]):
             low, high = (0.05, 0.32) if view.shape[-1] == 16 else (0.32, 1)
-            if min(image.shape[1:]) >= 40:  # a box is of whole pixels
-                assert low - 0.02 < height * width / image[0].numel() < high + 0.02
-            assert 0 <= top <= image.shape[1] - height and 0 <= left <= image.shape[2] - width
-            box = (top, left, height, width, view.shape[1:])
-            expected = v2.functional.resized_crop(image, *box, mode, antialias=True)
+            area = box[2] * box[3] / image[0].numel()
+            assert min(image.shape[1:]) < 40 or low - 0.02 < area < high + 0.02  # a box is of whole pixels
+            expected = v2.functional.resized_crop(image, *box, view.shape[1:], mode, antialias=True)
             assert (view.int() - (expected.flip(-1) if flip else expected).int()).abs().max() <= 1
     one, again = dataset[0, 3], dataset[0, 3]
     assert all(torch.equal(one[k], again[k]) for k in ("reference", "query", "focal", "boxes", "flips"))
@@ -1119,16 +965,7 @@ def test_views_show_what_their_boxes_say(photos):
     assert 0.4 < flips.float().mean() < 0.6
 
 
-def test_boxes_have_the_area_and_aspect_they_should():
-    rng = np.random.default_rng(0)
-    boxes = np.array([train.random_box(300, 500, (0.05, 0.32), rng) for _ in range(2000)])
-    areas, aspects = boxes[:, 2] * boxes[:, 3] / 150000, boxes[:, 3] / boxes[:, 2]
-    assert 0.049 < areas.min() < 0.06 and 0.31 < areas.max() < 0.325
-    assert 0.74 < aspects.min() < 0.77 and 1.31 < aspects.max() < 1.35
-    assert train.random_box(3, 20000, (0.9, 1.0), rng) == (0, 0, 3, 20000)
-
-
-@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 3), (3, 2), (6, 1)])
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 3), (6, 1)])
 def test_step_keys_cover_each_epoch_once_and_are_shared_out(processes, accumulate):
     steps = list(train.step_keys(50, 12, 3, 0, 8))
     for epoch in range(2):
@@ -1160,84 +997,50 @@ def test_targets_follow_the_pixels():
         assert len(distance) > 50 and distance.median() < 0.6 * size and distance.max() < 1.6 * size
 
 
-# --------------------------------------------------------------------------------------------------- colors
-
 YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 LUMA = np.array([0.2989, 0.587, 0.114])
 
 
-def slow_operation(x, matrix, shift, of_mean):
-    """Tell which operation a step of the jitter is, and apply it to pixels [n, 3] as the paper says -> name, pixels."""
-    if shift:
-        assert np.array_equal(matrix, np.eye(3)) and abs(shift) <= 0.4 and not of_mean
-        return "brightness", x + shift
-    if of_mean:
-        assert 0.6 <= matrix[0, 0] <= 1.4
-        return "contrast", x.mean(0) + matrix[0, 0] * (x - x.mean(0))
-    factor, gray = matrix[0, 0] - matrix[1, 0], (x @ LUMA)[:, None]
-    if np.allclose(matrix, factor * np.eye(3) + (1 - factor) * LUMA, atol=1e-5):
-        assert 0.8 <= factor <= 1.2
-        return "saturation", gray + factor * (x - gray)
-    turn = (YIQ @ matrix @ np.linalg.inv(YIQ))[1:, 1:]
-    angle = math.atan2(turn[1, 0], turn[0, 0])
-    assert abs(angle) <= 0.1 * 2 * math.pi
-    y, i, q = (x @ YIQ.T).T
-    i, q = math.cos(angle) * i - math.sin(angle) * q, math.sin(angle) * i + math.cos(angle) * q
-    return "hue", np.stack([y, i, q], 1) @ np.linalg.inv(YIQ).T
+def plain_colors(x, contrast, saturation, hue, brightness, order, gray):
+    """Color jitter of the pixels [n, 3] of a view, clipped to 0..1 after each operation, then gray."""
+    cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
+    turn = np.linalg.inv(YIQ) @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
+    operations = (
+        lambda x: x + brightness,
+        lambda x: x.mean(0) + contrast * (x - x.mean(0)),
+        lambda x: saturation * x + (1 - saturation) * (x @ LUMA)[:, None],
+        lambda x: x @ turn.T,
+    )
+    for k in order:
+        x = operations[k](x).clip(0, 1)
+    return (x @ LUMA)[:, None].repeat(3, 1) if gray else x
 
 
-def test_colors_are_four_operations_on_each_view_in_its_own_order(device):
+def test_colors_equal_plain_ones(device):
+    """Each view has its own parameters and its own order of operations; one in five is not jittered."""
     torch.manual_seed(0)
-    views = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
-    draws = torch.rand(11, 300, device=device)
-    draws[9], c = 0.9, train.constants(device)  # none is gray
-    colored = train.change_colors(views.to(device), draws, {}, c).cpu()
-    drawn = train.jitter_steps(c["low"][:, None] + (c["high"] - c["low"])[:, None] * draws, c)
-    orders = []
-    for v, parameters in enumerate(zip(*(x.double().cpu().numpy() for x in drawn))):
-        x, order = views[v].flatten(1).T.double().numpy() / 255, []
-        for matrix, shift, of_mean in zip(*parameters):
-            name, x = slow_operation(x, matrix, shift.item(), of_mean.item())
-            x = x.clip(0, 1)
-            order.append(name)
-        orders.append(tuple(order))
-        expected = torch.from_numpy((x - train.MEAN) / train.STD).T.view(3, 8, 8).float()
+    views, draws = torch.randint(0, 256, (300, 3, 40, 40), dtype=torch.uint8), torch.rand(11, 300)
+    chosen = {"blur": torch.arange(300)[:, None] % 3 == 0, "solarize": torch.arange(300)[:, None] % 4 == 0}
+    given = {name: x.to(device) for name, x in chosen.items()}
+    colored = train.change_colors(views.to(device), draws.to(device), given, train.constants(device)).cpu()
+    low, high = np.array([[0.6, 0.8, -0.1, -0.4], [1.4, 1.2, 0.1, 0.4]])
+    orders = draws[4:8].reshape(300, 4).argsort(1).tolist()
+    for v, (jitter, gray, sigma) in enumerate(draws[8:].T.tolist()):
+        order = orders[v] if jitter < 0.8 else []
+        pixels = views[v].flatten(1).T.double().numpy() / 255
+        x = plain_colors(pixels, *(low + (high - low) * draws[:4, v].numpy()), order, gray < 0.2)
+        x = torch.from_numpy(x.T).view(3, 40, 40).float()
+        x = v2.functional.gaussian_blur(x, [5, 5], [0.1 + 1.9 * sigma] * 2) if chosen["blur"][v] else x
+        x = torch.where(x > 0.5, 1 - x, x) if chosen["solarize"][v] else x
+        expected = v2.functional.normalize(x, train.MEAN, train.STD)
         torch.testing.assert_close(colored[v], expected, atol=1e-4, rtol=1e-4)
-    jittered = [order for order in orders if len(set(order)) == 4]
-    assert 0.7 < len(jittered) / 300 < 0.9 and len(set(jittered)) == 24
-    assert {*orders} - {*jittered} == {("saturation",) * 4}  # by a factor of 1: the view is left as it is
-
-
-def test_gray_and_solarized_views(device, monkeypatch):
-    still = [torch.eye(3).expand(400, 4, 3, 3), torch.zeros(400, 4, 1, 1), torch.zeros(400, 4, 1, 1)]
-    monkeypatch.setattr(train, "jitter_steps", lambda *_: [x.to(device) for x in still])
-    torch.manual_seed(0)
-    views = torch.randint(0, 256, (400, 3, 4, 4), dtype=torch.uint8).to(device)
-    normalize = functools.partial(v2.functional.normalize, mean=train.MEAN, std=train.STD)
-    torch.testing.assert_close(train.normalize(views), normalize(views / 255))
-    luma = torch.tensor(LUMA, device=device, dtype=torch.float32)
-    gray = torch.einsum("c,vchw->vhw", luma, views / 255)[:, None].expand(views.shape)
-    looks = [normalize(y) for x in (views / 255, gray) for y in (x, torch.where(x > 0.5, 1 - x, x))]
-    for solarize in (0.0, 0.2, 1.0):
-        colored = train.augment(views, solarize=solarize)
-        fits = torch.stack([(colored - look).abs().flatten(1).amax(1) < 1e-4 for look in looks])
-        plain, solar, gray_plain, gray_solar = fits.float().mean(1).tolist()
-        assert (fits.sum(0) == 1).all() and gray_plain + gray_solar == pytest.approx(0.2, abs=0.07)
-        assert solar + gray_solar == pytest.approx(solarize, abs=0.07 if solarize == 0.2 else 0)
-
-
-def test_blur_is_gaussian_and_only_where_chosen(device):
-    torch.manual_seed(0)
-    x, sigma = torch.rand(9, 3, 60, 60, device=device), torch.linspace(0.1, 2, 9, device=device)[:, None]
-    chosen = torch.arange(9, device=device)[:, None] % 3 > 0
-    for view, one, wanted, blurred in zip(x, sigma, chosen, train.blur(x, chosen, sigma)):
-        expected = v2.functional.gaussian_blur(view, [7, 7], [one.item()] * 2) if wanted else view
-        torch.testing.assert_close(blurred, expected, atol=1e-4, rtol=1e-4)
+    expected = v2.functional.normalize(views / 255, train.MEAN, train.STD)
+    torch.testing.assert_close(train.normalize(views), expected)
 
 
 def test_kinds_of_views_get_their_own_operations_without_a_look_at_the_values(monkeypatch):
     """The released code's and, with --blur, the paper's. The meta device holds no values."""
-    given = spy(monkeypatch, train, "augment", lambda views, compiled, **more: more)
+    given = spy(monkeypatch, train, "augment", lambda views, compiled=False, **more: more)
     batch = default_collate([train.Views(train.Scenes(1), train_args())[0, 0]])
     batch = {name: x.to("meta") for name, x in batch.items() if torch.is_tensor(x)}
     for flag in ("--no-blur", "--blur"):
@@ -1253,19 +1056,16 @@ def test_kinds_of_views_get_their_own_operations_without_a_look_at_the_values(mo
 def test_schedules_and_seeds_reach_the_steps(tmp_path, monkeypatch):
     rates = [train.learning_rate(step, 100, 10, 0.5) for step in range(101)]
     assert [rates[i] for i in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.25, 0.5, 0.2525, 0.005])
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     momenta = [train.teacher_momentum(step, 100, 0.996) for step in (0, 50, 100)]
     assert momenta == pytest.approx([0.996, 0.998, 1])
     momenta = spy(monkeypatch, loca, "update_teacher", lambda teacher, model, momentum: momentum)
     groups = spy(monkeypatch, torch.optim.AdamW, "step", lambda o: [len(momenta), *map(dict, o.param_groups)])
     clipped = spy(monkeypatch, nn.utils, "clip_grad_norm_", lambda parameters, most: most)
     seeds = spy(monkeypatch, train, "seed_all", lambda *parts: parts)
-    pinned = spy(monkeypatch, train, "DataLoader", lambda *_, pin_memory, **__: pin_memory)
     flags = "--lr 0.01 --momentum 0.9 --clip 0.3 --accumulate 2 --seed 4 --weight-decay 0.2"
     run(train, f"{TINY_TRAIN} {flags} --out {tmp_path}")
     assert momenta == [train.teacher_momentum(step, 6, 0.9) for step in range(6)] and clipped == [0.3] * 6
     assert {(4, step, 0, micro) for step in range(6) for micro in (0, 1)} <= set(seeds)
-    assert pinned == [False]  # on the CPU, as pinning would start CUDA
     for step, (updates, decayed, free) in enumerate(groups):  # the teacher follows each step of the optimizer
         rate = train.learning_rate(step, 6, 3, 0.01 * 4 / 1024)  # warm-up is half of the run at most
         assert (updates, decayed["lr"], free["lr"]) == (step, rate, rate)
@@ -1273,75 +1073,36 @@ def test_schedules_and_seeds_reach_the_steps(tmp_path, monkeypatch):
         assert {p.ndim > 1 for p in decayed["params"]} == {True} and {p.ndim for p in free["params"]} == {1}
 
 
-def test_settings_reach_the_model(monkeypatch):
-    flags = "--position-std 3 --drop-path 0.4 --grad-checkpoint 1 --masking-ratio 0.5 --masking first"
-    temperatures = "--student-temperature 0.3 --teacher-temperature 0.2"
-    model = train.build_model(train_args(flags, temperatures, "--query-tokens 3"))
-    assert (model.student_temperature, model.teacher_temperature) == (0.3, 0.2)
-    assert (model.encoder.drop_path, model.encoder.grad_checkpoint) == (0.4, 1)
-    assert 2 < model.encoder.pos_embed.std() < 4
-    drawn = []
-    for kind, mask in loca.MASKING.items():
-        noted = lambda *given, kind=kind, mask=mask: (drawn.append((kind, *given[:3])), mask(*given))[1]  # noqa: E731
-        monkeypatch.setitem(loca.MASKING, kind, noted)
-    for other in (model, tiny()):
-        other(tiny_views(), loca.make_teacher(other))
-    tiny(prototypes=0, single_image=True, masking_ratio=0.5)(tiny_views())  # its mask is always random
-    kinds = [("first", 8), ("unstructured", 3), ("consecutive", 3), ("unstructured", 5), ("unstructured", 8)]
-    assert drawn == [(kind, 4, 4, count) for kind, count in kinds]
+def test_settings_reach_the_model():
+    settings = {"masking": "first", "query_tokens": 3, "student_temperature": 0.3, "teacher_temperature": 0.2}
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+    model = train.build_model(train_args(*flags, "--masking-ratio 0.5 --position-std 3 --grad-checkpoint 1"))
+    assert {name: getattr(model, name) for name in settings} == settings and model.visible_tokens == 8
+    assert model.encoder.grad_checkpoint == 1 and 2 < model.encoder.pos_embed.std() < 4
+    assert tiny(prototypes=0, single_image=True).masking == "unstructured"
 
 
-def test_presets_give_way_to_what_is_told(tmp_path, monkeypatch):
-    def parsed(script, flags):
-        return script.parse_args(flags.split())
-
-    camvid = f"--small --data camvid:{tmp_path} --init none"
-    for script, name, flags in (
-        (train, "SMALL_PRESET", "--small"), (train, "SCENES_PRESET", ""), (finetune_seg, "SMALL_PRESET", camvid),
-    ):  # fmt: skip
-        args, preset = vars(parsed(script, f"{flags} --dim 96 --lr 7")), getattr(script, name)
-        preset = {key: value for key, value in preset.items() if key not in ("crop", "stride")}
-        assert {key: args[key] for key in preset} == {**preset, "dim": 96, "lr": 7}
-    args = parsed(train, "--small --data photos --epochs 100")
+def test_presets_give_way_to_what_is_told(tmp_path):
+    args = train.parse_args("--small --dim 96 --lr 7".split())
+    assert vars(args) | {**train.SMALL_PRESET, "dim": 96, "lr": 7} == vars(args)
+    args = train.parse_args("--small --data photos --epochs 100".split())
     assert args.epochs == 100 and args.steps is None
-    args = parsed(train, "--data photos --model S/16 --heads 12")
-    assert (args.batch, args.lr, args.dim, args.heads) == (1024, 0.001, 384, 12)
-    assert parsed(finetune_seg, f"{camvid} --optimizer sgd").lr == finetune_seg.DATASETS["camvid"].lr
-    args = parsed(finetune_seg, f"{camvid} --model S/16 --dim 192")  # --model replaces all sizes of a preset
-    assert (args.patch_size, args.dim, args.depth, args.heads, args.evaluations) == (16, 192, 12, 6, 2)
-    assert parsed(finetune_seg, f"--data isprs:{tmp_path}").base_size == 0  # tiles are not shrunk
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert parsed(train, "").workers == 3 and parsed(train, "--workers 0").workers == 0
-
-
-@both_scripts
-def test_help_names_every_flag_once_and_shows_defaults(script):
-    text, actions = script.make_parser().format_help(), script.make_parser()._actions
-    flags = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  -")]
-    assert sorted(flags) == sorted(action.option_strings[0] for action in actions)
-    assert all(action.help for action in actions)
-    text = " ".join(text.split())
-    assert "minutes between checkpoints (10.0)" in text and "everything random (0)" in text
-    assert "(None)" not in text and "(False)" not in text
+    args = finetune_seg.parse_args(f"--small --data camvid:{tmp_path} --optimizer sgd --model S/16".split())
+    assert (args.lr, args.dim, args.base_size) == (0.01, 384, 192)
 
 
 IMPOSSIBLE = [  # one or two of each kind
     (train, "--image-size 100", "--image-size 100 is not a multiple of the patch size 8: try 96"),
     (train, "--batch 5 --accumulate 2", "--batch 5 is not a multiple"), (train, "--heads 5", "--heads"),
-    (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--seed x", "invalid int"), (train, "--init no/file", "no/file"),
+    (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--init no/file", "no/file"), (train, "--val .", "--val needs --data"),
     (train, "--position-weight 0 --feature-weight 0", "no loss to train"), (train, "--large-area 0.5 0.2", "--large-area"),
     (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "no such folder: /nowhere"),
     (finetune_seg, "--crop 100", "--crop 100: use multiples of the patch size, 8"),
-    (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"), (finetune_seg, "--stride 200", "--stride"),
-    (finetune_seg, "--fraction x", "--fraction"), (finetune_seg, "--fraction 3/2", "--fraction"),
-    (finetune_seg, "--heads 3", "3 heads"), (finetune_seg, "--init no/file.pt", "an existing file"),
-    (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"),
-    (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--encoder vit", "timm:NAME"),
-    (finetune_seg, "--encoder timm:vit --init .", "--encoder has its own weights"),
+    (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"), (finetune_seg, "--stride 200", "--stride"), (finetune_seg, "--fraction 3/2", "--fraction"),
+    (finetune_seg, "--init no/file.pt", "an existing file"), (finetune_seg, "--encoder vit", "timm:NAME"),
+    (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"), (finetune_seg, "--encoder timm:vit --init .", "--encoder has its own weights"),
+    (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--checkpoint best.pt", "--init"),
     (finetune_seg, "--pairs a/*.png b/*.png", "--data must be NAME:DIR"),
-    (finetune_seg, "--checkpoint best.pt", "--init"), (train, "--val .", "--val needs --data"),
 ]  # fmt: skip
 
 
@@ -1359,28 +1120,22 @@ def test_impossible_flags_end_with_one_line(script, flags, said, tmp_path, monke
 def test_runs_that_cannot_begin_end_with_one_line(script, whole, tmp_path, monkeypatch):
     flags = f"{whole[script][0]} --out {tmp_path}/run"
     assert "--device cuda:99" in fails(script, f"{flags} --device cuda:99")
-    if script is train:
-        assert "use --batch 12 or less" in fails(script, f"{flags} --batch 13")
-        with monkeypatch.context() as other:  # another process is at step 5
-            other.setattr(train, "gather", lambda value, _: [value, value or 5])
-            assert "see different checkpoints" in fails(script, flags)
-    denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
-
-    def deny_some(call):
-        return lambda path, *a, **k: (denied if "denied" in str(path) else call)(path, *a, **k)
-
-    for name in ("stat", "mkdir"):
-        monkeypatch.setattr(os, name, deny_some(getattr(os, name)))
-    said = fails(script, f"{flags}/denied/run")
-    assert "/denied/run/metrics.jsonl: " in said and "Permission denied" in said
-    with monkeypatch.context() as card:  # that this build of PyTorch has no kernels for
-        no_kernel = RuntimeError("CUDA error: no kernel image is available\nmore")
-        card.setattr(torch, "ones", mock.Mock(side_effect=no_kernel))
-        assert "no kernel image is available" in fails(script, flags)
     for launcher in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         with monkeypatch.context() as environment:
             environment.setenv(launcher, "2")
             assert "srun --ntasks-per-node=1 torchrun" in fails(script, flags)
+    if script is train:
+        assert "use --batch 12 or less" in fails(script, f"{flags} --batch 13")
+        with monkeypatch.context() as patch:
+            patch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+            assert "--compile needs a C++ compiler" in fails(script, f"{flags} --compile")
+            patch.setattr(train, "gather", lambda value, _: [value, value or 5])  # another is at step 5
+            assert "see different checkpoints" in fails(script, flags)
+    stat, denied = os.stat, mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(os, "stat", lambda path, **k: (denied if "denied" in str(path) else stat)(path, **k))
+    monkeypatch.setattr(os, "mkdir", denied)
+    said = fails(script, f"{flags}/denied/run")
+    assert "/denied/run/metrics.jsonl: " in said and "Permission denied" in said
 
 
 def test_lines_are_printed_whatever_the_stream_is():
@@ -1400,57 +1155,32 @@ def test_damaged_lines_of_the_log_are_dropped(tmp_path, capsys):
     assert [*records(tmp_path, "step")] == [2, 4] and "damaged lines are dropped" in capsys.readouterr().err
 
 
-def test_pieces_of_a_puzzle_lie_where_they_belong(photos):
-    image = train.read_image(photos / "plain.png")
-    height, width = image.shape[1:]
-    boxes = torch.tensor([[0, 4, height - 4, width - 4], [6, 0, height - 6, width - 10]])
-    views = [train.crop(image, box, 64, flip) for box, flip in zip(boxes.tolist(), (False, True))]
-    reference, query = (Image.fromarray(view.permute(1, 2, 0).numpy()) for view in views)
-    targets = loca.patch_targets(boxes[0], boxes[1], torch.tensor(True), 64, 8, 8)
-
-    def placed(predicted):
-        pictures = train.draw_puzzle(reference, query, boxes.tolist(), True, targets.tolist(), predicted)
-        return [np.asarray(picture, float) for picture in pictures[2:]]
-
-    truth, predicted = placed(targets.tolist())
-    shown = np.abs(truth - np.asarray(reference, float)).max(-1) < 12  # neither dimmed nor out of place
-    assert (truth == predicted).all() and 0.5 < shown.mean() < 0.95 and (targets == -1).any()
-    truth, predicted = placed([0] * 64)
-    assert (truth[:8, :8] != predicted[:8, :8]).any() and (truth[40:, 40:] != predicted[40:, 40:]).any()
-
-
 # ------------------------------------------------------------------------------------------- runs of train.py
 
 
 def test_run_folder(whole):
     out = whole[train][1]
-    names = {"settings.json", "metrics.jsonl", "last.pt", "encoder.pt", "predictions.png"}
-    assert {path.name for path in out.iterdir()} == names
+    names = "encoder.pt last.pt metrics.jsonl predictions.png settings.json"
+    assert sorted(path.name for path in out.iterdir()) == names.split()
     content = saved(out)
     assert content["settings"] == saved(out, "settings.json") and content["step"] == 6
     model = train.build_model(SimpleNamespace(**content["settings"]))  # without flags
     model.load_state_dict(content["model"])
     encoder = under("encoder.", saved(out, "encoder.pt"))
     assert equal(encoder, {name: x for name, x in content["teacher"].items() if "encoder." in name})
-    loca.load_encoder(model.encoder, loca.load_weights(out / "encoder.pt"))
     assert [*records(out)] == [2, 3, 4, 6] and [*records(out, "val_position_accuracy")] == [3, 6]
-    with Image.open(out / "predictions.png") as picture:
-        small = np.asarray(picture.convert("RGB").resize((60, 30)))
-        assert picture.width > 600 and len(np.unique(small.reshape(-1, 3), axis=0)) > 100
+    assert len(np.unique(np.asarray(Image.open(out / "predictions.png")))) > 100
 
 
 def test_every_option_runs(photos, tmp_path):
-    """Those that no other test runs."""
     pytest.importorskip("tensorboard")
     options = f"""
-        --accumulate 2 --compile --grad-checkpoint --blur --keep 2 --clip 0 --tensorboard --masking unstructured
-        --model Ti/16 --warmup-epochs 1 --data {photos} --val {photos} --large-area 0.5 1 --focal-area 0.1 0.3
-        --position-weight 0.5 --feature-weight 2 --val-every 2 --decode-size 64 --out {tmp_path}
+        --accumulate 2 --compile --grad-checkpoint --blur --keep 2 --clip 0 --tensorboard --model Ti/16
+        --warmup-epochs 1 --data {photos} --val {photos} --large-area 0.5 1 --focal-area 0.1 0.3 --val-every 2
+        --position-weight 0.5 --feature-weight 2 --masking unstructured --decode-size 64 --precision bf16
     """
-    torch._dynamo.utils.counters.clear()
     with torch.compiler.set_stance("default", force_backend="eager"):
-        run(train, TINY_TRAIN + options)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        run(train, f"{TINY_TRAIN} {options} --out {tmp_path}")
     names = " ".join(path.name for path in tmp_path.iterdir())
     assert "epoch_0002.pt" in names and "epoch_0001.pt" not in names and "tfevents" in names
     assert [*records(tmp_path)] == [2, 4, 6] and [*records(tmp_path, "val_position_loss")] == [6]
@@ -1459,60 +1189,17 @@ def test_every_option_runs(photos, tmp_path):
         assert ("teacher" in saved(tmp_path / option[2:4])) == (option == "--focal 0")
 
 
-def test_bf16_follows_float32(tmp_path):
-    """The same 100 steps: of four seeds, losses are 0.06 apart in the mean at most, one 0.5; here twice that."""
-    losses = []
-    for name in ("bf16", "float32"):
-        flags = f"--precision {name} --steps 100 --log-every 1 --val-images 0 --lr 0.1"
-        run(train, f"{TINY_TRAIN} {flags} --out {tmp_path}/{name}")
-        losses.append(torch.tensor([*records(tmp_path / name).values()]))
-    difference = (losses[0] - losses[1]).abs()
-    assert len(difference) == 100 and 0 < difference.mean() < 0.12 and difference.max() < 1
-
-
-def test_compiled_parts_share_graphs_and_equal_eager_ones():
-    counts = []
-    for depth in (2, 4):
-        options = [train_args("--depth", depth, flag) for flag in ("--no-compile", "--compile")]
-        batch = default_collate([train.Views(train.Scenes(4), options[0])[0, i] for i in range(4)])
-        models = [train.build_model(args) for args in options]
-        models[1].load_state_dict(models[0].state_dict())
-        teachers = [loca.make_teacher(model) for model in models]
-        torch._dynamo.reset()
-        with torch.compiler.set_stance("default", force_backend="eager"):
-            train.compile_parts(models[1], teachers[1])
-            torch._dynamo.utils.counters.clear()
-            for step in range(4):
-                results, colors = [], []
-                for args, model, teacher in zip(options, models, teachers):
-                    train.seed_all(0, step)
-                    model.zero_grad()
-                    colors.append(train.to_views(batch, args))
-                    loss = model(colors[0], teacher)["loss"]
-                    loss.backward()
-                    results.append([loss, *(p.grad for p in model.parameters())])
-                torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(*colors, atol=4e-6, rtol=0)  # 1e-6 of 0..1
-                counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    # Blocks for three numbers of tokens, predictor, assignments, feature loss, colors of two sizes of views.
-    assert counts == [8] * 8
-
-
 def test_compiled_processes_equal_eager_ones(tmp_path):
-    """In the loss and the gradient of each step. AdamW makes full steps of gradients that are only rounding."""
+    """In the loss and the gradient of each step, though they recompute blocks in the backward pass. AdamW
+    makes full steps of gradients that are only rounding."""
     prepare = functools.partial(torch.compiler.set_stance, "default", force_backend="eager")
-    flags = f"{TINY_TRAIN} --accumulate 2 --grad-checkpoint --val-images 0 --lr 1 --log-every 1"
-    for name in ("no-compile", "compile"):
-        codes, said = start(train, f"{flags} --{name} --out {tmp_path}/{name}", 2, prepare)
+    flags = f"{TINY_TRAIN} --accumulate 2 --val-images 0 --lr 1 --log-every 1 --out {tmp_path}"
+    for more in ("/plain", "/compiled --compile --grad-checkpoint"):
+        codes, said = start(train, flags + more, 2, prepare)
         assert codes == [0, 0], said
     for key in ("loss", "gradient_norm"):
-        plain, compiled = (records(tmp_path / name, key) for name in ("no-compile", "compile"))
+        plain, compiled = (records(tmp_path / name, key) for name in ("plain", "compiled"))
         assert len(plain) == 6 and compiled == pytest.approx(plain, rel=1e-5)
-
-
-def test_without_a_compiler_one_line_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
-    assert "--compile needs a C++ compiler" in fails(train, f"{TINY_TRAIN} --compile --out {tmp_path}/run")
 
 
 def test_held_out_images_are_not_training_images(photos, tmp_path):
@@ -1520,54 +1207,25 @@ def test_held_out_images_are_not_training_images(photos, tmp_path):
         (tmp_path / f"{i:02}.png").symlink_to(photos / "plain.png")
 
     def names(flags=""):
-        return [{x.name(i) for i in range(len(x))} for x in train.open_images(train_args(flags))]
+        return [[x.name(i) for i in range(len(x))] for x in train.open_images(train_args(flags))]
 
     flags = f"--data {tmp_path} --val-images 9"
     trained, held_out = names(flags)
-    assert (len(trained), len(held_out), len(trained | held_out)) == (27, 3, 30)  # a tenth at most
-    assert held_out != {f"{tmp_path}/{i:02}.png" for i in range(3)}  # folders can be sorted by class
+    assert (len(trained), len(held_out), len({*trained, *held_out})) == (27, 3, 30)  # a tenth at most
+    assert held_out != [f"{tmp_path}/{i:02}.png" for i in range(3)]  # folders can be sorted by class
     assert names(flags)[1] == held_out and [*map(len, names(f"{flags} --val {tmp_path}"))] == [30, 9]
-    trained, held_out = names()
-    assert (len(trained), len(held_out), len(trained & held_out)) == (12, 4, 0)
-
-
-def test_held_out_images_are_read_once_and_seen_the_same_each_time(tmp_path, monkeypatch):
-    drawn = spy(monkeypatch, train, "draw_scene", lambda seed: seed - 10**6)
-    pictures = spy(monkeypatch, train, "draw_predictions", lambda *given: given[-1])
-    run(train, f"{TINY_TRAIN} --val-images 35 --out {tmp_path}")  # with two evaluations
-    assert sorted(i for i in drawn if i >= 0) == [*range(35)] and pictures == [[0, 8, 17, 25, 34]]
-
-
-def test_an_evaluation_draws_the_same_masks_each_time():
-    views, model = train.Views(train.Scenes(4), train_args()).__getitem__, tiny()
-    teacher, figures = loca.make_teacher(model), []
-    for world_size, indices in ((1, [0, 1]), (1, [0, 1]), (2, [0, 1]), (1, [2, 3])):
-        torch.manual_seed(len(figures))
-        figures.append(train.evaluate(model, teacher, views, train_args(), world_size, CPU, indices))
-    assert figures[0] == figures[1] != figures[3] and model.training and teacher.training
-    assert figures[2]["val_loss"] == pytest.approx(
-        figures[0]["val_loss"] / 2
-    )  # the other process has the rest
-
-
-def test_the_time_of_an_evaluation_is_not_the_steps(tmp_path, monkeypatch):
-    now = [0]  # a clock that ticks when it is read, and 1000 times in an evaluation
-    clock = SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 1) or now[-1], monotonic=time.monotonic)
-    monkeypatch.setattr(train, "time", clock)
-    evaluations = spy(monkeypatch, train, "evaluate", lambda *_: now.append(now[-1] + 1000))
-    run(train, f"{TINY_TRAIN} --out {tmp_path}")
-    assert len(evaluations) == 2 and min(records(tmp_path, "images_per_second").values()) > 4 / 100
+    assert [*map(len, names())] == [12, 4] and not {*names()[0]} & {*names()[1]}
 
 
 def test_unreadable_images_are_replaced_and_named_once(tmp_path, capfd):
     paths = [tmp_path / f"images/{i:02}.png" for i in range(24)]
+    flags = f"{TINY_TRAIN} --data {tmp_path}/images --val-images 0 --out {tmp_path}"
     for i, path in enumerate(paths):
         save(path, b"" if i == 5 else gradient())
-    flags = f"{TINY_TRAIN} --data {tmp_path}/images --val-images 0 --out {tmp_path}"
     run(train, f"{flags}/run")
     assert capfd.readouterr().err.count("warning: cannot read") == 1
     for path in paths[8:12]:
-        save(path, path.read_bytes()[:60])
+        save(path, b"text")
     assert "more than 5%" in fails(train, f"{flags}/other")
     for path in paths:
         save(path, b"text")
@@ -1576,42 +1234,14 @@ def test_unreadable_images_are_replaced_and_named_once(tmp_path, capfd):
         assert "24 images in a row cannot be read; the first is" in said and ".png: " in said
 
 
-def test_own_images_and_full_shared_memory(monkeypatch):
-    args, images = train.parse_args([]), train.Scenes(2)
-    images.image = lambda i: torch.zeros(3, 20, 20)
-    with pytest.raises(AssertionError, match=r"image\(i\) must return a uint8 tensor \[3, H, W\]"):
-        train.Views(images, args)[0, 1]
-    full = mock.Mock(side_effect=RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"))
-    monkeypatch.setattr(train.Views, "__getitem__", lambda *_: full())
-    batches = train.read_batches(train.Views(images, args), 0, CPU, batch_sampler=[[(0, 0)]])
-    assert "/dev/shm is full" in fails_to(next, batches)
-
-
 def test_files_are_never_half_written(tmp_path):
     path, limits = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     train.save_checkpoint(path, train_args(), 1, {"model": nn.Linear(2, 2)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))  # stands for a disk with little room left
-    try:
-        with pytest.raises(
-            SystemExit, match="cannot write .*last.pt: .*File too large.*earlier files are intact"
-        ):
-            train.save_checkpoint(path, train_args(), 2, {"model": nn.Linear(200, 200)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with pytest.raises(SystemExit, match="cannot write .*File exists"):
-        train.write_file(path / "below a file", lambda file: file.write(b""))
+    said = fails_to(train.save_checkpoint, path, train_args(), 2, {"model": nn.Linear(200, 200)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search("cannot write .*last.pt: .*File too large.*earlier files are intact", said)
     assert saved(tmp_path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-
-
-NOT_ALL = "starts from scratch: the file's is incomplete or has other shapes"
-ZERO = "starts from scratch: its weights are all zero"
-PARTS_LOADED = {  # kind of file: what is said of the student's predictor, its head, the teacher's head
-    "own": ("loaded", "loaded", "loaded"),
-    "released": (NOT_ALL, "loaded", "loaded"),  # another grid
-    "offered": ("loaded, except norm.bias and norm.weight, from scratch", "loaded", "loaded"),
-    "dead head": ("loaded", ZERO, ZERO),
-    "encoder": (NOT_ALL, NOT_ALL, NOT_ALL),
-}
 
 
 def dead_head(flat):
@@ -1619,57 +1249,41 @@ def dead_head(flat):
     return {name: x * np.float32(1e-30 if "projection_head" in name else 1) for name, x in flat.items()}
 
 
+NOT_ALL = "starts from scratch: the file's is incomplete or has other shapes"
+ZERO = "starts from scratch: its weights are all zero"
+PARTS_LOADED = {  # what is said of the student's predictor, its head, the teacher's head; what is not loaded
+    "own": ("loaded", "loaded", "loaded", "nothing"),
+    "released": (NOT_ALL, "loaded", "loaded", "predictor."),  # another grid
+    "offered": ("loaded, except norm.bias and norm.weight, from scratch", "loaded", "loaded", "nothing"),
+    "dead head": ("loaded", ZERO, ZERO, "head."),
+    "encoder": (NOT_ALL, NOT_ALL, NOT_ALL, "nothing"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", PARTS_LOADED)
 def test_start_from_weights(kind, whole, tmp_path, capsys):
     """Steps that change next to nothing show what was loaded."""
-    path, sizes = tmp_path / "weights", "--image-size 32"
+    path, sizes, (*parts, left) = tmp_path / "weights", "--image-size 32", PARTS_LOADED[kind]
     if kind == "own":
         shutil.copy(whole[train][1] / "last.pt", path)
     elif kind == "encoder":
         torch.save(loca.ViT(64, 8, 16, 2, 2, 16).state_dict(), path)
     else:
-        change = {"offered": without("final_norm"), "dead head": dead_head}.get(kind, dict)
+        change = {"released": dict, "offered": without("final_norm"), "dead head": dead_head}[kind]
         write_flax(path, kind == "offered", change)
-        sizes = f"--image-size {32 if kind == 'released' else 224} --patch-size 16 --dim 32 --heads 4 --mlp-dim 64"
-        sizes += " --batch 2 --focal-size 32 --prototypes 48 --head-hidden 40 --bottleneck 16"
-    flags = f"{TINY_TRAIN} {sizes} --init {path} --steps 1 --lr 1e-20 --momentum 0.999999 --drop-path 0"
-    run(train, f"{flags} --out {tmp_path}/run")
+        sizes = f"--image-size {32 if kind == 'released' else 224} --patch-size 16 --dim 32 --heads 4"
+        sizes += " --mlp-dim 64 --batch 2 --focal-size 32 --prototypes 48 --head-hidden 40 --bottleneck 16"
+    flags = f"{TINY_TRAIN} {sizes} --steps 1 --lr 1e-20 --momentum 0.999999 --drop-path 0"
+    run(train, f"{flags} --init {path} --out {tmp_path}/run")
     said = [line for line in capsys.readouterr().out.splitlines() if f"--init {path}" in line]
-    resized = kind in ("encoder", "released")
-    assert [("tensors loaded" in said[i], "resized from" in said[i]) for i in (0, 3)] == [(True, resized)] * 2
-    parts = [re.sub(".*(student|teacher)'s (predictor|head) ", "", said[i]) for i in (1, 2, 4)]
-    assert parts == [*PARTS_LOADED[kind]]
-    found = weights(tmp_path / "run")
-    for branch, part in (("student", "model"), ("teacher", "teacher")):
-        loaded = under(f"{part}.", loca.load_weights(path, branch))
-        kept = [name for name in loaded if name in found and loaded[name].shape == found[name].shape]
-        left = {"dead head": ".head.", "released": ".predictor."}.get(kind, "none")
-        kept = [name for name in kept if left not in name]
+    for line in (said[0], said[3]):
+        assert "tensors loaded" in line and ("resized from" in line) == (kind in ("encoder", "released"))
+    assert [re.sub(".*(student|teacher)'s (predictor|head) ", "", said[i]) for i in (1, 2, 4)] == parts
+    for branch in ("student", "teacher"):
+        given, found = (loca.load_weights(file, branch) for file in (path, tmp_path / "run/last.pt"))
+        kept = {k: x for k, x in given.items() if found.get(k, FEW).shape == x.shape and left not in k}
+        torch.testing.assert_close({k: found[k] for k in kept}, kept, atol=1e-5, rtol=1e-4)
         assert len(kept) > 25
-        for name in kept:
-            torch.testing.assert_close(found[name], loaded[name], atol=1e-5, rtol=1e-4)
-    assert "do not fit" in fails(train, f"{flags} --dim 48 --out {tmp_path}/other")
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the mask of signals from Linux's /proc")
-def test_workers_leave_signals_to_the_main_process_and_are_named_when_killed(tmp_path):
-    """Also those of the first loader of a process, with which multiprocessing starts its resource tracker."""
-    (tmp_path / "first.py").write_text(
-        "import multiprocessing, torch, train\n"
-        "if __name__ == '__main__':\n"
-        f"    views = train.Views(train.Scenes(2), train.parse_args({TINY_TRAIN.split()}))\n"
-        "    batches = train.read_batches(views, 1, torch.device('cpu'), batch_sampler=[[(0, 0)]] * 500)\n"
-        "    next(batches)\n"
-        "    (worker,) = multiprocessing.active_children()\n"
-        "    print(open(f'/proc/{worker.pid}/status').read())\n"
-        "    worker.kill()\n"
-        "    list(batches)\n"
-    )
-    command = [sys.executable, tmp_path / "first.py"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert re.search("error: .*killed.* use fewer --workers", result.stderr), result.stderr
-    blocked = int(re.search(r"SigBlk:\s*(\w+)", result.stdout)[1], 16)
-    assert all(blocked >> (number - 1) & 1 for number in train.STOP_SIGNALS)
 
 
 def test_the_readmes_snippets_run(whole, photos, tmp_path, monkeypatch):
@@ -1679,58 +1293,40 @@ def test_the_readmes_snippets_run(whole, photos, tmp_path, monkeypatch):
     (tmp_path / "runs/pretrain").mkdir()
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
     for block in blocks:
         if "timm" in block:
             pytest.importorskip("timm")
             torch.save(loca.vit("B/16").state_dict(), "runs/pretrain/encoder.pt")
         exec(block, {})
-    assert Image.open("features.png").size == (256, 192)
+    assert len(blocks) == 2 and Image.open("features.png").size == (256, 192)
 
 
-def test_the_masked_autoencoder_runs(seg, tmp_path):
-    command = [sys.executable, HERE / ".github/mae.py", seg / "data/images/train", tmp_path / "mae.pt", "2"]
-    subprocess.run(command, check=True, timeout=120)
-    assert loca.load_vit(tmp_path / "mae.pt").dim == 192
+# ------------------------------------------------------------- both scripts: stop, kill, resume, NaN, devices
 
 
-# --------------------------------------------------------------- both scripts: stop, kill, resume, NaN, devices
+EVENTS = [  # what happens at which step; processes, and to which of them; exit code; what is said
+    ("terminate", 3, 1, None, 75, "stopped: saved at step 3"), ("hang up", 5, 1, None, 75, "stopped: saved at step 5"),
+    ("insist", 5, 1, None, -15, ""), ("kill", 5, 1, None, -9, ""),
+    ("spoil", 5, 1, None, 1, "^error: .*not finite in the steps up to 6.*--lr"), ("spoil", 5, 2, "1", 1, "^error: .*not finite in the steps up to 6.*--lr"),
+    ("exhaust", 5, 1, None, 1, "^error: out of memory; the last checkpoint is intact.*--accumulate"),
+]  # fmt: skip
 
 
 @both_scripts
-@pytest.mark.parametrize(
-    "action, step, code",
-    [("terminate", 3, 75), ("hang up", 5, 75), ("insist", 5, -15), ("kill", 5, -9)],
-)
-def test_an_interrupted_run_ends_like_one_that_never_was(script, action, step, code, whole, tmp_path):
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: f"{event[0]}-{event[2]}")
+def test_a_run_that_was_cut_short_ends_like_one_that_never_was(script, event, whole, tmp_path):
     """At the end of an epoch, or in the middle of one and of a log window. No worker outlives it."""
-    flags, asked = f"{whole[script][0]} --save-minutes 0 --out {tmp_path}", code == 75
+    action, step, processes, rank, code, words = event
     workers = int(action == "hang up" or (action == "kill" and script is train))
-    codes, said = start(script, f"{flags} --workers {workers}", 1, functools.partial(at_step, step, action))
-    assert codes == [code] and ("stopped: saved at step" in said) == asked, said
-    assert saved(tmp_path)["step"] == (step if asked else 4)
-    run(script, flags)
-    assert equal(weights(tmp_path), weights(whole[script][1]))
-    assert [*records(tmp_path)] == sorted({2, 3, 4, 6} | ({step} if asked else set()))
-    if script is finetune_seg:
-        results = [saved(out, "results.json") for out in (tmp_path, whole[script][1])]
-        assert results[0]["confusion"] == results[1]["confusion"]
-
-
-@both_scripts
-def test_signal_handlers_are_restored_and_left_alone_in_a_thread(script, whole, tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does: it stays ignored
-    with train.catch_signals() as stop:
-        signal.raise_signal(signal.SIGHUP)
-        assert stop.signal is None
-    signal.signal(signal.SIGHUP, before)
-    handlers = [signal.getsignal(number) for number in train.STOP_SIGNALS]
-    flags = f"{whole[script][0]} --steps 1 --out {tmp_path}"
-    run(script, f"{flags}/main")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(run, script, f"{flags}/thread").result()
-    assert handlers == [signal.getsignal(number) for number in train.STOP_SIGNALS]
-    assert equal(weights(tmp_path / "thread"), weights(tmp_path / "main"))
+    flags = f"{whole[script][0]} --save-minutes 0 --workers {workers} --out {tmp_path}"
+    codes, said = start(script, flags, processes, functools.partial(at_step, step, action, rank))
+    assert codes == [code] * processes and re.search(words, said, re.MULTILINE), said
+    assert said.count("error: ") == (code == 1) and "Traceback" not in said, said
+    assert saved(tmp_path)["step"] == (step if code == 75 else 4)
+    if processes == 1:
+        run(script, flags)
+        assert equal(weights(tmp_path), weights(whole[script][1]))
+        assert [*records(tmp_path)] == sorted({2, 3, 4, 6} | ({step} if code == 75 else set()))
 
 
 @pytest.fixture(scope="session")
@@ -1827,48 +1423,13 @@ def test_processes_and_micro_batches_equal_the_whole_batch(script, whole, tmp_pa
 
 
 @both_scripts
-@pytest.mark.parametrize(
-    "action, processes, rank, words",
-    [
-        ("spoil", 1, None, "not finite in the steps up to 6.*--lr"), ("spoil", 2, "1", "not finite in the steps up to 6.*--lr"),
-        ("exhaust", 1, None, "out of memory; the last checkpoint is intact.*--accumulate"),
-    ],
-)  # fmt: skip
-def test_failures_end_all_processes_and_leave_the_checkpoint(
-    script, action, processes, rank, words, whole, tmp_path
-):
-    flags = f"{whole[script][0]} --save-minutes 0 --out {tmp_path}"
-    codes, said = start(script, flags, processes, functools.partial(at_step, 5, action, rank))
-    assert codes == [1] * processes and said.count("error: ") == 1 and "Traceback" not in said, said
-    assert re.search(words, said), said
-    assert saved(tmp_path)["step"] == 4 and all(x.isfinite().all() for x in weights(tmp_path).values())
-
-
-@both_scripts
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "other"])
-def test_a_damaged_checkpoint_is_refused_and_left(script, damage, whole, tmp_path):
-    path = tmp_path / "last.pt"
-    torch.save({"weight": torch.ones(3)}, path)
-    if damage != "other":
-        content = (whole[script][1] / "last.pt").read_bytes()
-        save(path, {"empty": b"", "cut": content[:-900], "text": b"text"}[damage])
-    content = path.read_bytes()
-    assert f"{path}: it is " in fails(script, f"{whole[script][0]} --out {tmp_path}")
-    assert path.read_bytes() == content
-
-
-@both_scripts
-def test_a_run_of_an_earlier_version_goes_on_as_it_was(script, whole, tmp_path):
-    """It decoded every photograph at full size, and its decoder was the linear one."""
-    content = saved(whole[script][1])
-    del content["settings"]["decode_size" if script is train else "decoder"]
-    torch.save(content, tmp_path / "last.pt")
-    flags = f"{whole[script][0]} --out {tmp_path}"
-    if script is train:
-        assert "saved with --decode-size 0, not 512" in fails(script, flags)
-        flags += " --decode-size 0"
-    run(script, flags)
-    assert equal(weights(tmp_path), weights(whole[script][1]))
+def test_a_damaged_checkpoint_is_refused_and_left(script, whole, tmp_path):
+    path, content = tmp_path / "last.pt", (whole[script][1] / "last.pt").read_bytes()
+    torch.save({"weight": torch.ones(3)}, other := io.BytesIO())
+    for damaged in (b"", content[:-900], other.getvalue()):
+        save(path, damaged)
+        assert f"{path}: it is " in fails(script, f"{whole[script][0]} --out {tmp_path}")
+        assert path.read_bytes() == damaged
 
 
 @both_scripts
@@ -1876,24 +1437,26 @@ def test_settings_of_a_resumed_run(script, whole, tmp_path, capsys):
     flags, out, run_out = f"{whole[script][0]} --out {tmp_path}/run", whole[script][1], tmp_path / "run"
     shutil.copytree(out, run_out)
     content = saved(out)
-    del content["settings"]["seed"]  # a setting that the checkpoint does not know had its default
+    # A setting that the checkpoint does not know had its default, or is what earlier versions did without it.
+    for setting in ("seed", "decode_size", "decoder"):
+        content["settings"].pop(setting, None)
     torch.save(content, run_out / "last.pt")
+    if script is train:
+        assert "saved with --decode-size 0, not 512" in fails(script, flags)
+        flags += " --decode-size 0"
     refused = f"--seed 1|--batch 6|--weight-decay 0.7|--dim 48|--init {out}/last.pt|"
     refused += "--momentum 0.5|--masking first" if script is train else "--crop 24|--fraction 1/2"
     for change in refused.split("|"):
         said = fails(script, f"{flags} {change}")
         assert f"saved with {change.split()[0]} " in said and "a new --out" in said
-    for change in ("--lr 0.0005", "--clip 2.0", "--log-every 3", "--accumulate 2"):
-        run(script, f"{flags} {change}")
-        said = capsys.readouterr().out
-        assert f"resuming with {change} (was" in said
-        assert "this run is already finished" in said
+    run(script, f"{flags} --lr 0.0005 --clip 2.0 --log-every 3 --accumulate 2")
+    said = capsys.readouterr().out
+    assert said.count("resuming with --") == 4 and "this run is already finished" in said
     assert equal(weights(run_out), weights(out))
     for change, step in (("--steps 7", 7), ("--epochs 3", 9 if script is train else 7)):
         run(script, f"{flags} {change}")  # an extended run goes on
         assert f"resuming with {change} (was" in capsys.readouterr().out
         assert saved(run_out)["step"] == step == max(records(run_out))
-    assert not equal(weights(run_out), weights(out))
 
 
 @both_scripts
@@ -1902,33 +1465,31 @@ def test_the_folder_of_a_resumed_run_may_move_but_not_change(script, seg, tmp_pa
         shutil.copytree(seg / "data", tmp_path / name)
     for path in tmp_path.glob("other/*/train/0.png"):
         path.rename(path.with_name("new.png"))
-    data, images = (tmp_path, "/images") if script is train else (f"folder:{tmp_path}", "")
-    flags = f"{TINY_TRAIN if script is train else TINY_SEG} --steps 2 --out {tmp_path}/run --data {data}"
-    for folder in ("d1", "d1/", "copy"):
-        run(script, f"{flags}/{folder}{images}")
-    assert "saved with " in fails(script, f"{flags}/other{images}")
-    if script is train:  # nor may images of one's own
-        pair = train.Scenes(12), train.Scenes(4)
-        train.main(train_args(f"--steps 2 --out {tmp_path}/own"), pair)
-        pair[0].first = 1
-        said = fails_to(train.main, train_args(f"--steps 2 --out {tmp_path}/own"), pair)
-        assert "saved with " in said
+    data = f"--data {tmp_path}/%s/images" if script is train else f"--data folder:{tmp_path}/%s"
+    flags = f"{TINY_TRAIN if script is train else TINY_SEG} --steps 2 --out {tmp_path}/run {data}"
+    for folder in ("d1", "copy"):
+        run(script, flags % folder)
+    assert "saved with " in fails(script, flags % "other")
+    if script is train:  # nor may images of one's own, which their names identify
+        args, own = train_args(f"--steps 2 --out {tmp_path}/own"), (train.Scenes(12), train.Scenes(4))
+        train.main(args, own)
+        own[0].first = 1
+        assert "saved with " in fails_to(train.main, args, own)
     else:
         save(tmp_path / "copy/classes.txt", b"cat\ndog\nbird\n")
-        assert "has other class names" in fails(script, f"{flags}/copy")
+        assert "has other class names" in fails(script, flags % "copy")
 
 
 ON_A_GPU = [
     (train, "--blur --clip 0"), (train, "--accumulate 2 --grad-checkpoint --masking unstructured"), (train, "--compile"),
-    (train, "--feature-weight 0"), (train, "--single-image"), (finetune_seg, "--optimizer sgd --accumulate 2"),
-    (finetune_seg, "--optimizer adamw --clip 1 --drop-path 0.2"),
+    (train, "--feature-weight 0"), (train, "--single-image"), (finetune_seg, "--optimizer adamw --clip 1 --accumulate 2"),
 ]  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("script, flags", ON_A_GPU)
 def test_steps_on_a_gpu_do_not_wait_for_it(script, flags, whole, tmp_path):
-    """From the first step's end to the last one's, where the log line comes, a wait of the host is an error."""
+    """From the first step's end to the last one's, where the log line comes, a wait of the host fails."""
     steps = itertools.count(1)
 
     def watch(*_):
@@ -1948,7 +1509,7 @@ def test_steps_on_a_gpu_do_not_wait_for_it(script, flags, whole, tmp_path):
     assert next(steps) == 7 and (tmp_path / "last.pt").exists()
 
 
-# ------------------------------------------------------------------------------------- segmentation: figures
+# ---------------------------------------------------------------------- segmentation: figures, augmentation
 
 
 def test_scores_and_average_precision():
@@ -1962,26 +1523,18 @@ def test_scores_and_average_precision():
     assert finetune_seg.average_precision(confidence, ~present) == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
-NEVER = [  # confusion matrix, line
-    ([[8, 1], [0, 3]], ""),
-    ([[5, 0, 0], [2, 0, 0], [3, 0, 0]], "note: never predicted correctly (share of the evaluated pixels): C 30.0%, B 20.0%"),
-    (np.eye(8)[[0] * 8], "note: never predicted correctly (share of the evaluated pixels): B 12.5%, C 12.5%, D 12.5%, E 12.5%, F 12.5%, ..."),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("matrix, line", NEVER)
-def test_classes_that_are_never_predicted_are_named(matrix, line, capsys):
-    pixels, right = np.sum(matrix, 1), np.diagonal(matrix)
-    rows = [
-        {"name": name, "iou": None, "accuracy": x / n, "pixels": n}
-        for name, x, n in zip("ABCDEFGH", right, pixels)
-    ]
-    result = {"protocol": "", "classes": rows, **dict.fromkeys(finetune_seg.METRICS, 0.5)}
-    finetune_seg.report(result)
-    assert capsys.readouterr().out.splitlines()[len(rows) + 2 :] == [line] * bool(line)
-    finetune_seg.report(result, training=np.array([60, 10, 30] + [0] * 253))
-    if len(rows) == 3:
-        assert "(share of the training pixels): C 30.0%, B 10.0%" in capsys.readouterr().out
+def test_classes_that_are_never_predicted_are_named(capsys):
+    matrices = {"C 30.0%, B 20.0%": [[5, 0, 0], [2, 0, 0], [3, 0, 0]], "": [[8, 1], [0, 3]]}
+    matrices["B 12.5%, C 12.5%, D 12.5%, E 12.5%, F 12.5%, ..."] = np.eye(8)[[0] * 8]
+    for named, matrix in matrices.items():
+        columns = ("ABCDEFGH", np.diagonal(matrix) / np.sum(matrix, 1), np.sum(matrix, 1))
+        rows = [dict(zip(("name", "accuracy", "pixels", "iou"), (*row, None))) for row in zip(*columns)]
+        result = {"protocol": "", "classes": rows, **dict.fromkeys(finetune_seg.METRICS, 0.5)}
+        finetune_seg.report(result)
+        line = f"note: never predicted correctly (share of the evaluated pixels): {named}"
+        assert capsys.readouterr().out.splitlines()[len(rows) + 2 :] == [line] * bool(named)
+        finetune_seg.report(result, training=np.array([60, 10, 30] + [0] * 253))
+        assert ("(share of the training pixels): " in capsys.readouterr().out) == bool(named)
 
 
 def place(x):
@@ -1991,6 +1544,8 @@ def place(x):
 
 
 LARGER = {(23, 31): None, (16, 10): None, (8, 10): None, (5, 40): (8, 64), (3, 2): (15, 10), (7, 23): (8, 26)}
+USUAL = {"base_size": 16, "precision": "float32", "workers": 0, "name": "own"}
+USUAL |= {"crop": [8, 10], "window": [8, 10], "stride": [5, 4]}
 SIX_SIZES = [(8, 12), (12, 18), (16, 24), (20, 30), (24, 36), (28, 42)]
 
 
@@ -2009,11 +1564,6 @@ def test_sliding_window_averages_pixel_by_pixel(size, enlarged):
         torch.testing.assert_close(got, torch.stack(layers).nanmean(0))
 
 
-def evaluation_args(**changes):
-    usual = {"multi_scale": False, "base_size": 16, "precision": "float32", "workers": 0, "name": "own"}
-    return SimpleNamespace(**{**usual, "crop": [8, 10], "window": [8, 10], "stride": [5, 4], **changes})
-
-
 @pytest.mark.parametrize("base_size, sizes", [(16, SIX_SIZES), (16, [(16, 24)]), (0, [(40, 60)])])
 def test_probabilities_are_the_mean_over_scales_and_flips(base_size, sizes):
     image, views = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8), []
@@ -2023,7 +1573,7 @@ def test_probabilities_are_the_mean_over_scales_and_flips(base_size, sizes):
         logits = finetune_seg.sliding_window(place, view, (8, 10), (5, 4), 9)
         logits = F.interpolate(logits[None], (40, 60), mode="bilinear")[0]
         views.append((logits.flip(-1) if flip else logits).softmax(0))
-    args = evaluation_args(multi_scale=len(sizes) == 6, base_size=base_size)
+    args = SimpleNamespace(**USUAL | {"multi_scale": len(sizes) == 6, "base_size": base_size})
     got = finetune_seg.class_probabilities(place, image, args)
     torch.testing.assert_close(got, torch.stack(views).mean(0))
 
@@ -2034,43 +1584,36 @@ def test_localization_and_classification():
     images = torch.from_numpy(r.randint(0, 256, (4, 3, 16, 24)).astype(np.uint8))
     truths = torch.from_numpy((r.randint(0, 2, (4, 16, 24)) * classes).astype(np.uint8))
     truths[:, :2] = 255
-    source = mock.MagicMock(read=lambda i: (images[i], truths[i]))
-    source.__len__.return_value = 4
-    args = evaluation_args(window=[16, 24], stride=[16, 24])
-    got = finetune_seg.evaluate(nn.Identity(), source, args, "val", "abc", 0, 1, CPU)
+    source = mock.MagicMock(read=lambda i: (images[i], truths[i]), __len__=lambda _: 4)
+    args = SimpleNamespace(**USUAL | {"multi_scale": False, "window": [16, 24], "stride": [16, 24]})
+    got = finetune_seg.evaluate(nn.Identity(), source, args, "val", "abc", 0, 1, torch.device("cpu"))
     logits, present = train.normalize(images), torch.stack([(truths == k).any(2).any(1) for k in range(3)], 1)
     given = logits.masked_fill(~present[:, :, None, None], -99)  # the classes in the image are known
-    plain, limited = (
-        [[((truths == t) & (x.argmax(1) == p)).sum() for p in range(3)] for t in range(3)]
-        for x in (logits, given)
-    )
-    assert (got["confusion"] == np.array(plain)).all()
+    pairs = [torch.stack([truths, x.argmax(1)]).flatten(1).T.tolist() for x in (logits, given)]
+    plain, limited = ([[part.count([t, p]) for p in range(3)] for t in range(3)] for part in pairs)
+    assert got["confusion"] == plain
     assert got["localization_miou"] == pytest.approx(finetune_seg.scores(limited)["miou"])
     confidence = logits.softmax(1).amax((2, 3))
     precision = map(finetune_seg.average_precision, confidence.T.numpy(), present.T.numpy())
     assert got["classification_map"] == pytest.approx(np.mean([*precision]))
 
 
-# -------------------------------------------------------------------------------- segmentation: augmentation
-
-
-def plain_crop(labels, rng):
-    for _ in range(11):
-        top, left = int(rng.integers(25)), int(rng.integers(45))
-        counts = Counter(labels[top : top + 16, left : left + 16].ravel().tolist())
-        counts.pop(255, None)
-        if counts and max(counts.values()) <= 0.75 * sum(counts.values()):
-            break
-    return top, left, 16, 16
-
-
 def test_crops_of_one_class_are_drawn_again():
+    """Up to ten times, until no class fills over 75% of the labeled pixels."""
     labels = np.zeros((40, 60), np.uint8)
     labels[10:25, 20:38], labels[30:36, 3:20] = 1, 255
-    for seed, truth in itertools.product(range(60), (labels, np.full_like(labels, 255))):
-        rng, replay = np.random.default_rng(seed), np.random.default_rng(seed)
-        assert finetune_seg.choose_crop(truth, (16, 16), rng) == plain_crop(truth, replay)
-        assert rng.random() == replay.random()  # as many draws
+    filled = []
+    for seed in range(60):
+        top, left, *size = finetune_seg.choose_crop(labels, (16, 16), np.random.default_rng(seed))
+        part = labels[top : top + 16, left : left + 16]
+        filled.append(max(np.mean(part[part != 255] == k) for k in (0, 1)))
+        assert size == [16, 16] == [*part.shape]
+    assert np.mean(np.array(filled) <= 0.75) > 0.95
+    rng, replay = np.random.default_rng(0), np.random.default_rng(0)
+    finetune_seg.choose_crop(np.full_like(labels, 255), (16, 16), rng)  # eleven crops without a label
+    for most in [25, 45] * 11:
+        replay.integers(most)
+    assert rng.random() == replay.random()
     assert finetune_seg.choose_crop(labels[:8, :5], (16, 16), rng) == (0, 0, 8, 5)
 
 
@@ -2083,15 +1626,13 @@ def test_augmentation_keeps_pixels_and_labels_together(monkeypatch):
     image, padded = (labels * 15).expand(3, -1, -1).contiguous(), 0
     for seed in range(40):
         view, target = finetune_seg.augment(image, labels, (48, 32), 40, np.random.default_rng(seed))
-        assert view.shape == (3, 48, 32) and target.shape == (48, 32)
-        assert view.dtype == target.dtype == torch.uint8
+        assert view.shape == (3, 48, 32) and target.shape == (48, 32) and view.dtype == torch.uint8
         assert set(target.unique().tolist()) <= {0, 4, 8, 12, 255}  # a scaled mask has no class in between
         inside = target != 255
         padded += int((~inside).any())
         assert ((view[0].float() - 15.0 * target).abs() < 1)[inside].float().mean() > 0.8  # edges are blurred
         assert (train.normalize(view)[:, ~inside].abs() < 0.02).all()  # padding is 0 after normalization
-    assert 5 < padded < 40
-    assert len(set(sizes)) > 10 and all(h <= 48 and w <= 32 for h, w in sizes)
+    assert 5 < padded < 40 and len(set(sizes)) > 10 and all(h <= 48 and w <= 32 for h, w in sizes)
 
 
 def plain_distort(color, brightness, contrast, saturation, degrees, late):
@@ -2139,30 +1680,24 @@ def test_loss_is_a_plain_mean_over_labeled_pixels():
 # ------------------------------------------------------------------------------------------ data set layouts
 
 
-def picture(height=4, width=6):
-    return np.random.RandomState(height * width).randint(0, 255, (height, width, 3)).astype(np.uint8)
-
-
 def columns(values, height=4, width=6):
     """A mask with one column a value (an integer or a hexadecimal color), the last one repeated."""
     pixels = [tuple(bytes.fromhex(value)) if isinstance(value, str) else value for value in values]
-    row = pixels + pixels[-1:] * (width - len(pixels))
-    return np.array([row] * height, np.uint16 if 700 in pixels else np.uint8)
+    return np.array([pixels + pixels[-1:] * (width - len(pixels))] * height, np.uint8)
 
 
 def save_pair(image, mask, values=(0, 1), height=4, width=6):
-    save(image, picture(height, width))
+    save(image, gradient(height, width))
     save(mask, columns(values, height, width))
 
 
-def open_part(name, folder, splits="train", base_size=0, pairs=None, known=None):
+def open_part(name, folder, splits="train", base_size=0, pairs=None):
     """The first split of a data set, its class names and palette, and what was said about it."""
     args = {"name": name, "folder": str(folder), "base_size": base_size, "pairs": pairs, "data": name}
-    args["classes"], said = None, []
+    args = SimpleNamespace(**args, classes=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_seg, "say", said.append)
-        given = (SimpleNamespace(**args), splits.split(), 0, 1, CPU, known)
-        (part, *_), names, palette = finetune_seg.open_data(*given)
+        said = spy(patch, finetune_seg, "say", str)
+        (part, *_), names, palette = finetune_seg.open_data(args, splits.split(), 0, 1, torch.device("cpu"))
     assert len(names) == len(palette) == len(set(names))
     return part, names, palette, "\n".join(said)
 
@@ -2175,7 +1710,6 @@ INDICES = {255: None, 0: "class 0", 1: "class 1"}
 LAYOUTS = [  # data set, image, mask, a text file and its content, classes of the mask's values; {0}: part, {1}: split, {2}: 5051 or 1
     ("ade20k", "ADEChallengeData2016/images/{0}/ADE_{1}_00000001.jpg", "ADEChallengeData2016/annotations/{0}/ADE_{1}_00000001.png", "", "", {0: None, 1: "wall", 2: "building", 150: "flag"}),
     ("voc2012", "VOCdevkit/VOC2012/JPEGImages/2007_{1}.jpg", "VOCdevkit/VOC2012/SegmentationClass/2007_{1}.png", "VOCdevkit/VOC2012/ImageSets/Segmentation/{1}.txt", "2007_{1}\n", {0: "background", 1: "aeroplane", 20: "tv monitor", 255: None}),
-    ("context", "VOCdevkit/VOC2010/JPEGImages/2008_{1}.jpg", "VOCdevkit/VOC2010/SegmentationClassContext/2008_{1}.png", "VOCdevkit/VOC2010/ImageSets/SegmentationContext/{1}.txt", "2008_{1}", {0: "background", 1: "aeroplane", 4: "bedclothes", 59: "wood"}),
     ("context59", "JPEGImages/2008_{1}.jpg", "SegmentationClassContext/2008_{1}.png", "ImageSets/SegmentationContext/{1}.txt", "2008_{1}", {0: None, 1: "aeroplane", 4: "bedclothes", 59: "wood"}),
     ("cityscapes", "leftImg8bit/{1}/ulm/ulm_000000_000019_leftImg8bit.png", "gtFine/{1}/ulm/ulm_000000_000019_gtFine_labelIds.png", "", "", {0: None, 6: None, 7: "road", 8: "sidewalk", 23: "sky", 33: "bicycle"}),
     ("bdd100k", "bdd100k/images/10k/{1}/0004a4c0-d4dff0ad.jpg", "bdd100k/labels/sem_seg/masks/{1}/0004a4c0-d4dff0ad.png", "", "", {0: "road", 18: "bicycle", 255: None}),
@@ -2186,40 +1720,32 @@ LAYOUTS = [  # data set, image, mask, a text file and its content, classes of th
     ("idd", "IDD_Segmentation/leftImg8bit/{1}/201/frame0029_leftImg8bit.jpg", "IDD_Segmentation/gtFine/{1}/201/frame0029_gtFine_labellevel3Ids.png", "", "", {0: "road", 25: "sky or background", 255: None}),
     ("sunrgbd", "image/{0}/img-000001.jpg", "label37/{0}/00000001.png", "", "", {0: None, 1: "wall", 37: "bag"}),
     ("sunrgbd", "SUNRGBD-{0}_images/img-000001.jpg", "sunrgbd_train_test_labels/img-{2:06d}.png", "", "", {1: "wall", 37: "bag"}),
-    ("sunrgbd", "image/{0}/img-000001.jpg", "label37/{0}/img-{2:06d}.png", "", "", {1: "wall", 37: "bag"}),
     ("isprs", "images/{1}/top_potsdam_2_10_RGB.tif", "masks/{1}/top_potsdam_2_10_label.tif", "", "", ISPRS),
     ("isprs", "img_dir/{1}/2_10_0_0_512_512.png", "ann_dir/{1}/2_10_0_0_512_512.png", "", "", {0: None, 1: ISPRS["ffffff"], 6: "clutter"}),
     ("suim", "SUIM/{0}/images/d_r_1_.jpg", "SUIM/{0}/masks/d_r_1_.bmp", "", "", {"0300fa": "diver", "00ff00": "plants", "ffffff": "sea floor", "ff0000": "robot", "000000": "water"}),
     ("folder", "images/{1}/a.b.webp", "masks/{1}/a.b.png", "", "", INDICES),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a_mask.png", "", "", INDICES),
-    ("folder", "images/{1}/painted.jpg", "masks/{1}/painted.png", "", "", INDICES),
     ("folder", "JPEGImages/b c.v{1}.jpg", "SegmentationClass/b c.v{1}.png", "ImageSets/Segmentation/{1}.txt", "b c.v{1}", INDICES),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "\ufeffIgnore\n# not a class\ncat\ndog\n", {0: None, 1: "cat", 2: "dog"}),
     ("folder", "JPEGImages/{1} 1.jpg", "SegmentationClass/{1} 1.png", "ImageSets/Segmentation/{1}.txt", "JPEGImages/{1} 1.jpg", INDICES),
-    ("folder", "JPEGImages/{1}.jpg", "SegmentationClass/{1}.png", "ImageSets/Segmentation/{1}.txt", "{1} 1", INDICES),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.gif", "classes.txt", "cat 1\nbig dog 2\ncat 2", {0: "cat 1", 1: "big dog 2", 2: "cat 2"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.bmp", "class_names.txt", "__ignore__\n_background_\ntv/monitor", {0: "_background_", 1: "tv/monitor", 255: None}),
-    ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat\nignore\nbig dog\n", {0: "cat", 1: None, 2: "big dog"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "cat 255 0 0\nbig dog 0 0 255\nignore 0 0 0", {"ff0000": "cat", "0000ff": "big dog", "000000": None}),
     ("folder", "images/{1}/painted.jpg", "masks/{1}/painted.png", "classes.txt", "cat 255 0 0\nbig dog 0 0 255", {0: "big dog", 1: "cat"}),
-    ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "rest 0\nobject 255", {0: "rest", 255: "object"}),
+    ("folder", "images/{1}/a.png", "masks/{1}/a.jpg", "classes.txt", "rest 0\nobject 255", {0: "rest", 255: "object"}),
     ("folder", "data/{1}/images/a.jpg", "data/{1}/masks/a_mask.tif", "data/classes.txt", "rest 0\ncell 1", {0: "rest", 1: "cell", 255: None}),
-    ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "car 255 255 255\nsky 8 8 8\nrest 0 0 0", {0: "rest", 8: "sky", 255: "car"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "classes.txt", "car 200 0 0\nrest 0 0 0", {0: "car", 1: "rest"}),
     ("folder", "images/{1}/a.jpg", "masks/{1}/a.png", "labelmap.txt", "# label:color_rgb:parts:actions\nrest:0,0,0::\ncat:128,0,0::\n", {"800000": "cat", "000000": "rest"}),
 ]
 WITHOUT_VAL = """
 kitti training/image_2/0000{}_10.png training/semantic/0000{}_10.png
 isprs 2_Ortho_RGB/top_potsdam_2_{}_RGB.tif 5_Labels_all/top_potsdam_2_{}_label.tif
-isprs 2_Ortho_RGB/top_potsdam_2_{}_RGB.tif 5_Labels_all/top_potsdam_2_{}_label_noBoundary.tif
-isprs top/top_mosaic_09cm_area{}.tif gts_for_participants/top_mosaic_09cm_area{}.tif
 folder images/train/{}.jpg masks/train/{}.png
 folder images/{}.jpg masks/{}_mask.png
 folder JPEGImages/{}.jpg SegmentationClass/{}.png
 """  # the last one is CVAT's
 FAULTS = [  # files that are written or removed, what is said about them; names in classes.txt
     ("masks/train/2.png", columns([9], 20, 28), "masks/train/2.png: 560 pixels .*, such as 9", b"a\nb\nc"),
-    ("masks/train/3.png", columns([700], 20, 28), "3.png: 560 pixels .*, such as 700", b"a\nb\nc"),
     ("masks/train/1.png", columns([0], 24, 32), "1.png: it is 32x24 .* but its image is 28x20", None),
     ("masks/train/0.png", columns(["ff0000"], 20, 28), "0.png: no class indices in a PNG file of mode RGB; .*classes.txt", None),
     ("masks/train/4.png", b"no picture", "4.png: cannot identify", None),
@@ -2234,24 +1760,20 @@ FAULTS = [  # files that are written or removed, what is said about them; names 
     ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: .* up to 63", None),
     ("classes.txt", b"cat\nignore\n", "classes.txt: 1 classes; list 2 to 253", None),
     ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "classes.txt: cannot read 'cat 300 0 0'", None),
-    ("classes.txt", b"cat 0 0 0\ndog\n", "classes.txt: cannot read 'dog'", None),
     ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "no name or color twice", None),
     ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
-    ("classes.txt", b"\n".join(b"%d" % k for k in range(254)), "254 classes", None),
     ("masks/*/*.png", None, "no images with masks; looked for .*; images/train/ holds 6 files such as 0.png; ", None),
 ]
 COLORS = [  # data set, class list, colors and their labels
     ("folder", "rest 0\nobject 255", {"000000": 0, "282828": 0, "292929": 255, "d6d6d6": 255, "d7d7d7": 1}),
     ("folder", "rest 0 0 0\nred 255 0 0\nrust 235 0 0\nignore 9 9 9", {"000000": 0, "040404": 0, "090909": 255, "f60000": 1, "f50000": 255, "f4001f": 255, "f40900": 2}),
     ("camvid", "", {"808080": 0, "800000": 1, "900f00": 1, "808060": 255, "010203": 255, "000000": 255}),
-    ("isprs", "", {"ffffff": 0, "d7ffff": 0, "d6ffff": 255, "00d7ff": 2}),
     ("suim", "", {"000000": 0, "7f0000": 0, "800000": 4, "7f80ff": 3, "8080ff": 7}),
 ]
 UNKNOWN = [  # images, masks; the --pairs that would fit
     ("image/{}.png", "label/{}.png", "'image/*.png' 'label/*.png'"),
     ("images/00{}_image.png", "masks/00{}_annotation.png", "'images/*_image.png' 'masks/*_annotation.png'"),
     ("photos/2{}_test.tif", "1st_manual/2{}_manual1.gif", "'photos/*_test.tif' '1st_manual/*_manual1.gif'"),
-    ("image{}.jpg", "label{}.png", "'image*.jpg' 'label*.png'"),
     ("all/a{}.jpg", "all/a{}.png", "'all/a*.jpg' 'all/a*.png'"),
     ("x/image/Train/img_{}.jpg", "x/label/Train/mask_{}.bmp", "'x/image/{split}/img_*.jpg' 'x/label/{split}/mask_*.bmp'"),
 ]
@@ -2265,10 +1787,10 @@ def test_layouts(name, image, mask, text, content, meaning, tmp_path):
         pixels.putpalette([0, 0, 255, 255, 0, 0] + 254 * [1, 2, 3])
     for split, part, number in zip(("train", "val"), PARTS.get(name, ("train", "val")), (5051, 1)):
         pairs[split] = files = [tmp_path / path.format(part, split, number) for path in (image, mask)]
-        save(files[0], picture())
+        save(files[0], gradient(4, 6))
         save(files[1], pixels)
         if "{1}" in text:  # a list of names
-            save(files[0].with_stem("unlisted"), picture())
+            save(files[0].with_stem("unlisted"), gradient(4, 6))
         if text:
             save(tmp_path / text.format(part, split), content.format(part, split).encode())
     for split, files in pairs.items():
@@ -2278,7 +1800,8 @@ def test_layouts(name, image, mask, text, content, meaning, tmp_path):
         assert image.shape == (3, 4, 6) and image.dtype == labels.dtype == torch.uint8
         expected = [255 if label is None else classes.index(label) for label in meaning.values()]
         assert labels[0, : len(expected)].tolist() == expected
-        assert "cat 255" not in content or palette == [(255, 0, 0), (0, 0, 255)]
+        red_and_blue = palette == [(255, 0, 0), (0, 0, 255)]
+        assert red_and_blue if "cat 255" in content else any(len({*color}) > 1 for color in palette)
 
 
 @pytest.mark.parametrize("names", ["train val test", "Training valid TEST", "TRAIN Validation testing"])
@@ -2298,73 +1821,43 @@ def test_the_pairs_that_would_fit_are_named_and_work(image, mask, pairs, tmp_pat
     said = fails_to(open_part, "folder", tmp_path)
     example = min(Path(image.format(0)).name, Path(mask.format(0)).name)
     assert f"try --pairs {pairs}" in said and re.search(rf"/ holds \d+ files such as {example}", said)
-    if "images/" in image:
-        assert "images/000_image.png has no mask; " in said
     part = open_part("folder", tmp_path, pairs=shlex.split(pairs))[0]
     assert part.pairs == [tuple(map(str, pair)) for pair in files[:4]]
-    assert "no images with masks" in fails_to(open_part, "folder", tmp_path, pairs=["x/*.png", "y/*.png"])
     files[4][1].unlink()  # every image must have its mask
     assert "--pairs" not in fails_to(open_part, "folder", tmp_path)
 
 
-def test_several_candidates_are_never_searched(tmp_path):
-    """Each patient's folder would be a data set; taking one of them would be a guess."""
-    for name in ("patient1", "patient2"):
-        small_folder(tmp_path / name)
-    said = fails_to(open_part, "folder", tmp_path)
-    assert re.search("no images with masks; .*; patient1/images/train/ holds 6 files such as 0.png; ", said)
+def test_lists_of_names(tmp_path):
+    """As in Pascal VOC: trainaug.txt names more images, and SegmentationClassAug has their masks."""
+    for file in ("ClassAug/a", "Class/a", "ClassAug/b", "Class/c"):
+        save_pair(tmp_path / f"JPEGImages/{file[-1]}.jpg", tmp_path / f"Segmentation{file}.png")
 
+    def masks(name, split, **lists):
+        for part, names in lists.items():
+            save(tmp_path / f"ImageSets/Segmentation/{part}.txt", "\n".join(names).encode())
+        pairs = finetune_seg.find_pairs(name, str(tmp_path), split)
+        return [Path(mask).relative_to(tmp_path).as_posix() for _, mask in pairs]
 
-def test_one_list_is_split_if_there_is_no_other(tmp_path):
-    for i in range(12):
-        save_pair(tmp_path / f"JPEGImages/{i:02}.png", tmp_path / f"SegmentationClass/{i:02}.png")
-    save(tmp_path / "ImageSets/Segmentation/train.txt", b"".join(b"%02d\n" % i for i in range(5)))
-    save(tmp_path / "ImageSets/Segmentation/val.txt", b"")
-    parts = [open_part("folder", tmp_path, split)[0].pairs for split in ("train", "val")]
-    assert [[Path(image).stem for image, _ in pairs] for pairs in parts] == [["00", "01", "02", "03"], ["04"]]
-
-
-def test_voc_with_the_masks_of_sbd(tmp_path):
-    """trainaug.txt names 10,582 images; SegmentationClassAug has the masks that Pascal does not."""
-    for file in ("ClassAug/a", "Class/a", "ClassAug/b", "Class/c", "ClassAug/c"):
-        save_pair(tmp_path / f"JPEGImages/{file[-1]}.jpg", tmp_path / f"Segmentation{file}.png", (0, 20))
-    for name, lines in {"trainaug": b"a\nb\n", "train": b"a\n", "val": b"c\n"}.items():
-        save(tmp_path / f"ImageSets/Segmentation/{name}.txt", lines)
-    pairs = [pair for split in ("train", "val") for pair in open_part("voc2012", tmp_path, split)[0].pairs]
-    masks = [str(Path(mask).relative_to(tmp_path)) for _, mask in pairs]
-    assert masks == ["SegmentationClass/a.png", "SegmentationClassAug/b.png", "SegmentationClass/c.png"]
-    # A list that names a missing file is an error.
-    save(tmp_path / "ImageSets/Segmentation/train.txt", b"a\ngone\n")
-    assert re.search("'gone' has no image", fails_to(open_part, "folder", tmp_path))
+    found = masks("voc2012", "train", trainaug="ab", train="a", val="c")
+    assert found == ["SegmentationClass/a.png", "SegmentationClassAug/b.png"]
+    assert "'gone' has no image" in fails_to(masks, "folder", "train", train=["a", "gone"])
+    for name in "abcde":
+        save_pair(tmp_path / f"JPEGImages/{name}.jpg", tmp_path / f"SegmentationClass/{name}.png")
+    held_out = masks("folder", "val", train="abcde", val="")  # if there is one list only, it is split
+    assert held_out == ["SegmentationClass/e.png"]
 
 
 @pytest.mark.parametrize("layout", WITHOUT_VAL.strip().splitlines())
 def test_every_fifth_image_is_held_out_without_a_validation_part(layout, tmp_path, capsys):
     name, *kinds = layout.replace(" ", f" {tmp_path}/").split()
-    for i in range(10, 21):
-        pair = (Path(kind.format(i)) for kind in kinds)
-        save_pair(*pair, {"kitti": (7, 8), "isprs": ISPRS}.get(name, (0, 1)))
-        if i == 13:
+    pairs = [tuple(kind.format(i) for kind in kinds) for i in range(10, 21)]
+    for i, pair in enumerate(pairs):
+        save_pair(*map(Path, pair), {"kitti": (7, 8), "isprs": ISPRS}.get(name, (0, 1)))
+        if i == 3:
             assert "no images for the val split" in fails_to(finetune_seg.find_pairs, name, tmp_path, "val")
     kept, held_out = (open_part(name, tmp_path, split)[0].pairs for split in ("train", "val"))
-    assert held_out == [tuple(kind.format(i) for kind in kinds) for i in (14, 19)]
-    assert len(kept) == 9 and not set(kept) & set(held_out)
+    assert held_out == [pairs[4], pairs[9]] and sorted(kept + held_out) == pairs
     assert capsys.readouterr().err.count("every fifth image is held out") == 1
-
-
-def test_class_counts_and_palettes():
-    sets, counts = finetune_seg.DATASETS, (150, 21, 60, 59, 19, 19, 11, 26, 19, 37, 6, 8, 0)
-    for (name, data), count in zip(sets.items(), counts):
-        assert len(data.classes) == count, name
-        for table in (data.values, data.colors):
-            assert not table or set(table.values()) - {255} == set(range(count)), name
-    assert list(sets["context59"].classes) == sorted(sets["context"].classes[1:])
-    assert finetune_seg.voc_palette(16)[:2] + finetune_seg.voc_palette(16)[15:] == (
-        (0, 0, 0),
-        (128, 0, 0),
-        (192, 128, 128),
-    )
-    assert len(set(finetune_seg.voc_palette(253))) == 253 and len(sets["camvid"].colors) == 32
 
 
 @pytest.mark.parametrize("name, listed, meaning", COLORS)
@@ -2373,61 +1866,52 @@ def test_a_pixel_belongs_to_the_color_that_it_is_close_to(name, listed, meaning,
     image, mask = (tmp_path / x / "a.png" for x in layouts.get(name, "images/train masks/train").split())
     pixels = columns([*meaning][:1], 10, 100)
     pixels[0, : len(meaning)] = columns(meaning, 1, len(meaning))[0]
-    save(image, picture(10, 100))
+    save(image, gradient(10, 100))
     save(mask, pixels)
     if listed:
         save(tmp_path / "classes.txt", listed.encode())
-    data, _, _, said = open_part(name, tmp_path)
+    data = open_part(name, tmp_path)[0]
     assert data.read(0)[1][0, : len(meaning)].tolist() == [*meaning.values()]
     assert (data.pixels == np.bincount(data.read(0)[1].flatten(), minlength=256))[:254].all()
-    if name == "camvid":  # up to 5% may have other colors
-        assert "1 pixels (0.10%) belong to no class" in said
-        pixels[1:3, :30] = 1, 2, 250
-        save(mask, pixels)
-        said = fails_to(open_part, name, tmp_path)
-        assert "61 pixels (6.1%, at most 5% are ignored) belong to no class, such as [128, 128, 96]" in said
+
+
+def test_few_pixels_may_have_colors_that_are_not_listed(tmp_path):
+    """Up to 5% of a mask, as compression and imprecise painting leave them."""
+    mask = columns(["808080"], 10, 100)
+    mask[:5, :10] = 1, 2, 250
+    save_pair(tmp_path / "train/a.png", tmp_path / "trainannot/a.png", (0,), 10, 100)
+    save(tmp_path / "trainannot/a.png", mask)
+    assert "note: 50 pixels (5.00%) belong to no class" in open_part("camvid", tmp_path)[3]
+    mask[5, 0] = 1, 2, 250
+    save(tmp_path / "trainannot/a.png", mask)
+    assert "51 pixels (5.1%, at most 5% are ignored) belong to no" in fails_to(open_part, "camvid", tmp_path)
 
 
 def test_palettes_that_differ_are_refused_unless_colors_are_listed(tmp_path):
     """An index of two colors is two classes."""
     small_folder(tmp_path)
-
-    def write(names, *palette):
-        mask = Image.fromarray(columns([0] * 14 + [1], 20, 28), "P")
-        mask.putpalette(palette)
+    mask = Image.fromarray(columns([0] * 14 + [1], 20, 28), "P")
+    # An entry that is not used may differ.
+    for names, palette in (("01234", "000000 ff0000 090909"), ("5", "000000 ff0000 000909")):
+        mask.putpalette(bytes.fromhex(palette))
         for name in names:
             mask.save(tmp_path / f"masks/train/{name}.png")
-
-    write(range(5), 0, 0, 0, 255, 0, 0, 9, 9, 9)
-    write([5], 0, 0, 0, 255, 0, 0, 0, 9, 9)  # an unused entry differs
     assert open_part("folder", tmp_path)[0].pixels[:2].tolist() == [6 * 280, 6 * 280]
-    write([5], 0, 0, 0, 0, 255, 0)
+    mask.putpalette(bytes.fromhex("000000 00ff00"))
+    mask.save(tmp_path / "masks/train/5.png")
     assert "the color of value 1 differs between palettes" in fails_to(open_part, "folder", tmp_path)
     save(tmp_path / "classes.txt", b"rest 0 0 0\ncat 255 0 0\ndog 0 255 0\n")
     assert open_part("folder", tmp_path)[0].pixels[:3].tolist() == [6 * 280, 5 * 280, 280]
 
 
-def test_jpeg_masks_of_listed_grays(tmp_path):
-    save(tmp_path / "images/train/a.png", picture(48, 96))
-    noise = np.random.RandomState(0).randint(0, 3, (48, 96))
-    pixels = np.where(np.arange(96) < 43, 2 + noise, 253 - noise).astype(np.uint8)
-    save(tmp_path / "masks/train/a.jpg", pixels, quality=60)
-    save(tmp_path / "classes.txt", b"rest 0\nobject 255")
-    labels = open_part("folder", tmp_path)[0].read(0)[1]
-    assert (labels[:, :40] == 0).all() and (labels[:, 48:] == 1).all()
-
-
 def test_masks_of_suim_are_cropped(tmp_path):
-    """37 of them are some rows or columns larger than their image."""
     for i, size in enumerate([(8, 6), (7, 6), (8, 5)]):
-        save(tmp_path / f"train_val/images/{i}.jpg", picture(*size))
+        save(tmp_path / f"train_val/images/{i}.jpg", gradient(*size))
         save(tmp_path / f"train_val/masks/{i}.bmp", columns(["ff0000", "0000ff", "00ff00"], 8))
     data, _, _, said = open_part("suim", tmp_path, base_size=3)
     assert "downscaled" not in said
     assert data.read(2)[1].shape == (8, 5) and data.read(2)[1][0, :3].tolist() == [4, 1, 2]
     assert "a short side of 6 to 2 pixels" in open_part("suim", tmp_path, base_size=2)[3]  # over twice
-    save(tmp_path / "train_val/masks/0.bmp", columns([0, 255], 8))
-    assert "belong to no class, such as 0" in fails_to(open_part, "suim", tmp_path)  # no colors
 
 
 @pytest.mark.parametrize("pattern, content, said, names", FAULTS)
@@ -2442,68 +1926,43 @@ def test_faulty_masks_are_named(pattern, content, said, names, tmp_path):
     assert re.search(said, fails_to(open_part, "folder", tmp_path, "train val"))
 
 
-def test_masks_of_photos_on_their_side(tmp_path):
-    """A mask is as upright as the photo is shown, whatever size the file stores."""
-    save(tmp_path / "images/train/side.jpg", picture(20, 30), exif=SIDEWAYS)
-    save(tmp_path / "masks/train/side.png", columns([0, 1], 30, 20))
-    assert open_part("folder", tmp_path)[0].read(0)[0].shape == (3, 30, 20)
-    save(tmp_path / "masks/train/side.png", columns([0, 1], 20, 30))
-    assert "it is 30x20 (width x height), but its image is 20x30" in fails_to(open_part, "folder", tmp_path)
-
-
-def test_processes_share_the_masks(seg, monkeypatch):
-    part = open_part("folder", seg / "data")[0]
-    checked, pixels, whole = spy(monkeypatch, finetune_seg.Labeled, "check", lambda _, i: i), 0, part.pixels
-    monkeypatch.setattr(train, "gather", lambda value, _: [value])
-    for rank in range(2):
-        finetune_seg.check_masks(part, rank, 2, CPU)
-        pixels = pixels + part.pixels
-    assert checked == [0, 2, 4, 1, 3, 5] and pixels.tolist() == whole.tolist() and whole[255] == 6
-
-
 # ---------------------------------------------------------------------------------- segmentation: whole runs
 
 
 def test_seg_run_folder(seg, tmp_path, monkeypatch):
     figures, miou = finetune_seg.evaluate, [0.3, 0.5, 0.4, 0.4]
     monkeypatch.setattr(finetune_seg, "evaluate", lambda *given: {**figures(*given), "miou": miou.pop(0)})
-    flags = (
-        "--crop 16 24 --window 24 --stride 8 12 --optimizer adamw --lr 0.003 --evaluations 3 --drop-path 0.2"
-    )
+    flags = "--crop 16 24 --window 24 --stride 8 12 --optimizer adamw --lr 0.003 --evaluations 3"
     run(finetune_seg, f"{TINY_SEG} {flags} --data folder:{seg}/data --out {tmp_path}")
     names = "last.pt best.pt results.json predictions.png metrics.jsonl settings.json"
     assert set(names.split()) == {path.name for path in tmp_path.iterdir()}
     last, best, result = (saved(tmp_path, name) for name in ("last.pt", "best.pt", "results.json"))
-    assert last.keys() == {"model", "optimizer", "settings", "classes", "palette", "images", "step", "best"}
     assert best.keys() == last.keys() - {"optimizer"} and "betas" in last["optimizer"]["param_groups"][0]
     assert last["classes"] == [c["name"] for c in result["classes"]] == ["class 0", "class 1", "class 2"]
     assert (best["step"], last["step"], last["best"], result["best"], result["miou"]) == (4, 6, 0.5, 0.5, 0.4)
     assert np.sum(result["confusion"]) == 5 * (20 * 28 - 1)  # one pixel of each mask is ignored
-    assert result["protocol"].startswith("folder val, 5 images, 3 classes, base size 20, ")
-    assert result["protocol"].endswith("crop 16x24, window 24x24, stride 8x12, single scale")
-    losses = records(tmp_path)
-    assert [*records(tmp_path, "val_miou")] == [2, 4, 6] and losses[6] < losses[2]
+    said = "folder val, 5 images, 3 classes, base size 20, crop 16x24, window 24x24, stride 8x12"
+    assert result["protocol"] == f"{said}, single scale"
+    assert [*records(tmp_path, "val_miou")] == [2, 4, 6] and records(tmp_path)[6] < records(tmp_path)[2]
     run(finetune_seg, f"{EVALUATE} {tmp_path}/last.pt --out {tmp_path}/again")
     assert saved(tmp_path / "again", "results.json")["protocol"] == result["protocol"]
 
 
 def test_decoder_and_frozen_encoder():
-    sizes = {"patch_size": 8, "dim": 16, "depth": 3, "heads": 2, "mlp_dim": 32, "class_token": True}
-    args = SimpleNamespace(**sizes, encoder=None, decoder="linear", crop=[16, 24], drop_path=0.1, freeze=True)
-    model, images = finetune_seg.build_model(args, 5).train(), torch.randn(2, 3, 32, 16)
-    tokens = model.encoder(images)
-    grid = (tokens @ model.decoder.weight.T + model.decoder.bias).view(2, 4, 2, 5).permute(0, 3, 1, 2)
+    encoder, images = loca.ViT((16, 24), 8, 16, 3, 2, 32, class_token=True), torch.randn(2, 3, 32, 16)
+    model = finetune_seg.Segmenter(encoder, 5, frozen=True).train()
+    grid = encoder(images) @ model.decoder.weight.T + model.decoder.bias
+    grid = grid.view(2, 4, 2, 5).permute(0, 3, 1, 2)
     torch.testing.assert_close(model(images), F.interpolate(grid, (32, 16), mode="bilinear"))
     assert 0.014 < model.decoder.weight.std() < 0.026 and not model.decoder.bias.any()
     model(images).sum().backward()
-    assert not model.encoder.training and model.decoder.training and model.encoder.pos_embed.grad is None
+    assert not encoder.training and model.decoder.training and encoder.pos_embed.grad is None
     assert sum(len(g["params"]) for g in finetune_seg.parameter_groups(model, 0.3, 0.5)) == 2
     encoder = loca.ViT(16, 8, 16, 2, 2, 32)
     encoder.blocks[0].requires_grad_(False)  # frozen in part by its owner: it stays so
-    trained = {
-        name: p.requires_grad for name, p in finetune_seg.Segmenter(encoder, 5).encoder.named_parameters()
-    }
-    assert trained == {name: not name.startswith("blocks.0.") for name in trained}
+    finetune_seg.Segmenter(encoder, 5)
+    for name, parameter in encoder.named_parameters():
+        assert parameter.requires_grad != name.startswith("blocks.0.")
 
 
 def test_steps_are_nesterovs_with_polynomial_decay(seg, tmp_path, monkeypatch):
@@ -2522,157 +1981,100 @@ def test_steps_are_nesterovs_with_polynomial_decay(seg, tmp_path, monkeypatch):
     scales = {"decoder": 1, "encoder.norm": 1, "encoder.blocks.1": 0.5, "encoder.blocks.0": 0.25, "": 0.125}
     for i, (name, end) in enumerate(saved(tmp_path)["model"].items()):
         scale = next(scale for start, scale in scales.items() if name.startswith(start))
+        decay = 0.3 if steps[0][i][0].ndim > 1 and name != "encoder.pos_embed" else 0
         weight, velocity = steps[0][i][0], 0
         for step, after in enumerate([*(values[i][0] for values in steps[1:]), end]):
-            decayed = weight.ndim > 1 and name != "encoder.pos_embed"
-            gradient = steps[step][i][1] + (0.3 * weight if decayed else 0)
+            gradient = steps[step][i][1] + decay * weight
             velocity = 0.9 * velocity + gradient
             rate = scale * ((0.5 - 1e-5) * (1 - step / 4) ** 0.9 + 1e-5)
             weight = weight - rate * (gradient + 0.9 * velocity)
             torch.testing.assert_close(after, weight, rtol=1e-4, atol=1e-6)
-    assert finetune_seg.learning_rate(10, 10, 0.2) == 1e-5 and finetune_seg.learning_rate(0, 10, 0.2) == 0.2
+    assert finetune_seg.learning_rate(10, 10, 0.2) == 1e-5
 
 
 def test_an_evaluation_depends_on_neither_processes_nor_windows(seg, pair, tmp_path, capsys, monkeypatch):
-    """To the last bit."""
     shutil.copytree(seg / "data", tmp_path / "data")
     for path in tmp_path.glob("data/*/val"):
         path.rename(path.with_name("test"))
     flags = f"{EVALUATE} {pair}/finetune_seg/last.pt --data folder:{tmp_path}/data --split test"
-    flags += f" --out {tmp_path}"
     two = saved(pair / "finetune_seg", "results.json")
     for batch in (1, 7):
         monkeypatch.setattr(finetune_seg, "WINDOWS", batch)
-        run(finetune_seg, flags)
+        run(finetune_seg, f"{flags} --out {tmp_path}")
         one = saved(tmp_path, "results.json")
         assert one["protocol"] == two["protocol"].replace("val", "test") and one["images"] == 5
         assert all(one[key] == two[key] for key in one.keys() - {"checkpoint", "protocol"})
-    run(finetune_seg, f"{flags} --multi-scale --window 24 --stride 12")
-    protocol = saved(tmp_path, "results.json")["protocol"]
-    assert "window 24x24, stride 12x12, scales 0.5-1.75 with flips" in protocol
-    assert protocol + ": mIoU" in capsys.readouterr().out
+    run(finetune_seg, f"{flags} --multi-scale --window 24 --stride 12 --out {tmp_path}")
+    assert "window 24x24, stride 12x12, scales 0.5-1.75 with flips: mIoU" in capsys.readouterr().out
 
 
 def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     for name, size in {"odd.jpg": (37, 53), "sub/thin.png": (3, 90), "a.b.png": (17, 8)}.items():
-        save(tmp_path / "in" / name, picture(*size))
-    save(tmp_path / "in/side.jpg", picture(30, 20), exif=SIDEWAYS)
-    save(tmp_path / "in/deep.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 109)
-    save(tmp_path / "in/broken.png", b"nothing")
+        save(tmp_path / "in" / name, gradient(*size))
+    save(tmp_path / "in/side.jpg", gradient(30, 20), exif=SIDEWAYS)
+    save(tmp_path / "in/deep.png", np.zeros((20, 30), np.uint16))
     content = saved(seg / "run", "best.pt")
     content["settings"] |= {"data": "folder:/nowhere", "folder": "/nowhere"}
-    torch.save(content, tmp_path / "alone.pt")
-    flags = f"--checkpoint {tmp_path}/alone.pt --device cpu --precision float32 --predict {tmp_path}"
+    torch.save(content, tmp_path / "best.pt")
+    flags = f"--checkpoint {tmp_path}/best.pt --device cpu --precision float32 --predict {tmp_path}"
     run(finetune_seg, f"{flags}/in --out {tmp_path}/in/out")  # inside the folder
-    said = capsys.readouterr().err
-    assert re.search(r"cannot read \S+in/broken.png: ", said) and "in/deep.png: more than 8 bits" in said
+    assert "in/deep.png: more than 8 bits" in capsys.readouterr().err
 
     def made(name, out="in/out"):
         return np.asarray(Image.open(tmp_path / out / name))
 
-    labels, mask = made("odd_labels.png"), made("odd_mask.png")
-    assert labels.shape == (37, 53) and labels.max() <= 2 and made("odd_overlay.png").shape[1] > 53
-    assert (mask == np.array(content["palette"])[labels]).all()
-    sizes = {"sub/thin": (3, 90), "side": (20, 30), "a.b": (17, 8)}
+    labels, sizes = made("odd_labels.png"), {"sub/thin": (3, 90), "side": (20, 30), "a.b": (17, 8)}
     assert {name: made(f"{name}_labels.png").shape for name in sizes} == sizes
+    assert labels.shape == (37, 53) and labels.max() <= 2 and made("odd_overlay.png").shape[1] > 53
+    assert (made("odd_mask.png") == np.array(content["palette"])[labels]).all()
     # With classes.txt, the labels and the colors are masks of a folder.
-    save(tmp_path / "images/odd.jpg", (tmp_path / "in/odd.jpg").read_bytes())
     (tmp_path / "in/out/classes.txt").rename(tmp_path / "classes.txt")
     listed = finetune_seg.read_class_list([tmp_path])
     for kind in ("labels", "mask"):
-        pairs = finetune_seg.find_pairs("folder", tmp_path, "train", ["images/*.jpg", f"in/out/*_{kind}.png"])
-        part = finetune_seg.Labeled(listed, pairs, 3)
-        assert list(listed.classes) == content["classes"] and (part.read(0)[1].numpy() == labels).all()
-    two = f"{tmp_path}/in/sub {tmp_path}/in/odd.jpg --out {tmp_path}/two --window 24 --multi-scale"
-    run(finetune_seg, f"{flags}/in/side.jpg {two}")
-    assert {path.name for path in tmp_path.glob("two/*_mask.png")} == {
-        "thin_mask.png",
-        "odd_mask.png",
-        "side_mask.png",
-    }
+        pairs = [(str(tmp_path / "in/odd.jpg"), str(tmp_path / f"in/out/odd_{kind}.png"))]
+        assert (finetune_seg.Labeled(listed, pairs, 3).read(0)[1].numpy() == labels).all()
+    assert list(listed.classes) == content["classes"]
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
-    run(finetune_seg, f"{flags}/in/odd.jpg --out {tmp_path}/small")
-    small = made("odd_labels.png", "small")
-    assert small.shape == (37, 53) and 0.8 < (small == labels).mean()
-    run(finetune_seg, f"{flags}/in/sub --out {tmp_path}/small")  # the folder may be used again
-    assert "odd_mask.png already exists" in fails(finetune_seg, f"{flags}/in/odd.jpg --out {tmp_path}/small")
-    (tmp_path / "small/classes.txt").write_text("other 0 0 0\n")
-    assert "classes.txt already exists" in fails(finetune_seg, f"{flags}/in/side.jpg --out {tmp_path}/small")
-    assert "none of the images" in fails(finetune_seg, f"{flags}/in/broken.png --out {tmp_path}/broken")
-    save(tmp_path / "in/odd.png", picture())
-    assert "have the same name" in fails(
-        finetune_seg, f"{flags}/in/odd.png {tmp_path}/in/odd.jpg --out {tmp_path}/x"
-    )
-    with pytest.raises(SystemExit):
-        run(finetune_seg, f"{EVALUATE} {tmp_path}/alone.pt")
-    assert "no such folder: /nowhere" in capsys.readouterr().err
-
-
-def write_weights(kind, path):
-    """Write the weights of a student and a teacher, or of one ViT -> a tensor of theirs by branch."""
-    name = "encoder.blocks.1.attn.qkv.weight"
-    if kind == "offered":
-        return {branch: loca.published_to_state_dict(x)[name] for branch, x in write_flax(path, True).items()}
-    width = 128 if kind == "encoder.pt" else 16
-    vits = [loca.ViT(32, 8, width, 2, 2, 32, class_token=kind == "timm").state_dict() for _ in range(2)]
-    student, teacher = (under("encoder.", vit) for vit in vits)
-    sizes = {"patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "mlp_dim": 32, "image_size": 32}
-    own = {"model": student, "teacher": teacher, "settings": sizes, "step": 3}
-    torch.save(own if kind == "last.pt" else vits[1], path)
-    return {"student": student[name], "teacher": teacher[name]}
+    run(finetune_seg, f"{flags}/in/sub {tmp_path}/in/odd.jpg --multi-scale --out {tmp_path}/two")
+    assert made("odd_labels.png", "two").shape == (37, 53) and (tmp_path / "two/thin_overlay.png").exists()
+    assert "odd_mask.png already exists" in fails(finetune_seg, f"{flags}/in/odd.jpg --out {tmp_path}/two")
+    save(tmp_path / "in/odd.png", b"nothing")
+    assert "none of the images" in fails(finetune_seg, f"{flags}/in/odd.png --out {tmp_path}/none")
+    said = fails(finetune_seg, f"{flags}/in/odd.png {tmp_path}/in/odd.jpg --out {tmp_path}/same")
+    assert "have the same name" in said
 
 
 INIT = [  # kind of weights, flags, what is said; heads of the model
-    ("last.pt", "", "teacher (teacher)", 2),
-    ("last.pt", "--branch student", "student (model)", 2),
-    ("offered", "--crop 32", "teacher (teacher_weights)", 4),
-    ("offered", "--crop 32 --branch student", "student (student_weights)", 4),
-    ("encoder.pt", "", "heads assumed: 2", 2),  # 64 wide, as those of the presets
-    ("timm", "--heads 4", "from 4x4 to 2x2; class token kept", 4),
-]
-OPTIONS = [  # flags, steps, what is said
-    ("--epochs 2", 3, "6 of 6 images, 5 for validation, 3 classes"),
-    ("--fraction 1/3 --epochs 6", 3, "2 of 6 images, 5 for validation, 3 c"),
-    ("--model Ti/16 --dim 192 --heads 3 --mlp-dim 16 --epochs 1 --init none --window 24 16", 2, ": none"),
-]
+    ("ours", "", "teacher (teacher)", 3), ("ours", "--branch student", "student (model)", 3),
+    ("timm", "", "from 4x4 to 2x2; class token kept; heads assumed: 2", 2), ("timm", "--heads 4", "class token kept", 4),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind, flags, said, heads", INIT)
 def test_init_from_every_kind_of_weights(kind, flags, said, heads, seg, tmp_path, capsys):
-    expected = write_weights(kind, tmp_path / "weights")["student" if "student" in flags else "teacher"]
+    sizes = {"dim": 128, "heads": 2} if kind == "timm" else {"class_token": False}
+    vits = [foreign_vit(seed, **sizes).state_dict() for seed in (0, 1)]
+    torch.save(WEIGHT_FILES[kind](*vits), tmp_path / "weights")
     flags = f"{SEG_FLAGS} --freeze --steps 1 --evaluations 1 --init {tmp_path}/weights {flags}"
     run(finetune_seg, f"{flags} --data folder:{seg}/data --out {tmp_path}")
-    content = saved(tmp_path)
+    content, vit = saved(tmp_path), vits["teacher" in said]
     assert said in capsys.readouterr().out and content["settings"]["heads"] == heads
-    assert torch.equal(content["model"]["encoder.blocks.1.attn.qkv.weight"], expected)
+    assert torch.equal(content["model"]["encoder.norm.bias"], vit["norm.bias"])
     assert ("encoder.cls_token" in content["model"]) == ("kept" in said)
 
 
-TIMM = {"vit_tiny_patch16_224": 16, "vit_small_patch14_reg4_dinov2": 14, "vit_base_patch16_siglip_224": 16}
-
-
-@pytest.mark.parametrize("name, patch", TIMM.items())
-def test_encoders_of_timm(name, patch, seg, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"])
+def test_encoders_of_timm(name, seg, tmp_path, monkeypatch):
     create, small = pytest.importorskip("timm").create_model, {"depth": 1, "embed_dim": 48, "num_heads": 3}
     monkeypatch.setattr("timm.create_model", lambda *given, **more: create(*given, **small, **more))
+    patch = 14 if "patch14" in name else 16
     flags = f"{SEG_FLAGS} --crop {2 * patch} --base-size {2 * patch} --steps 2 --evaluations 1"
-    flags += f" --encoder timm:{name} --data folder:{seg}/data --init"
-    run(finetune_seg, f"{flags} none --out {tmp_path}")
-    assert saved(tmp_path)["settings"]["patch_size"] == patch
+    run(finetune_seg, f"{flags} --encoder timm:{name} --init none --data folder:{seg}/data --out {tmp_path}")
+    content, again = saved(tmp_path), tmp_path / "again"
     # Every trained tensor has a gradient, as DDP requires: SigLIP's own pooling is removed.
-    assert not any("pool" in name for name in saved(tmp_path)["model"])
-    best, again = tmp_path / "best.pt", tmp_path / "again"
-    run(finetune_seg, f"{EVALUATE} {best} --out {again}")
+    assert content["settings"]["patch_size"] == patch and "pool" not in " ".join(content["model"])
+    run(finetune_seg, f"{EVALUATE} {tmp_path}/best.pt --out {again}")
     assert saved(again, "results.json")["confusion"] == saved(tmp_path, "results.json")["confusion"]
-    run(finetune_seg, f"--predict {seg}/data/images/val --checkpoint {best} --out {tmp_path}/predicted")
-    assert Image.open(tmp_path / "predicted/0_mask.png").size == (28, 20)
-
-
-@pytest.mark.parametrize("flags, steps, said", OPTIONS)
-def test_seg_options_run(flags, steps, said, seg, tmp_path, capsys):
-    flags = f"{TINY_SEG} --batch 4 {flags}".replace("--steps 6", "")
-    run(finetune_seg, f"{flags} --data folder:{seg}/data --out {tmp_path}")
-    assert saved(tmp_path)["step"] == steps and said in capsys.readouterr().out
 
 
 def test_drawn_scenes(tmp_path, monkeypatch, capsys):
@@ -2683,14 +2085,14 @@ def test_drawn_scenes(tmp_path, monkeypatch, capsys):
     run(finetune_seg, flags)
     said = capsys.readouterr().out
     assert "start: none" in said and "runs/finetune_scenes" in said and "mIoU" in said and "lamp" in said
-    Path("runs/scenes").mkdir()
-    write_weights("last.pt", "runs/scenes/last.pt")
+    own = [foreign_vit(class_token=False).state_dict()] * 2
+    save(tmp_path / "runs/scenes/last.pt", b"")
+    torch.save(WEIGHT_FILES["ours"](*own), "runs/scenes/last.pt")
     run(finetune_seg, f"{flags} --out again")
     assert "start: runs/scenes/last.pt" in capsys.readouterr().out
 
 
 def test_an_unreadable_image_ends_the_process(tmp_path):
-    """One line, though loader processes have to be ended too."""
     small_folder(tmp_path)
     save(tmp_path / "images/val/1.png", (tmp_path / "images/val/1.png").read_bytes()[:60])
     codes, said = start(finetune_seg, f"{TINY_SEG} --workers 1 --data folder:{tmp_path} --out {tmp_path}/run")
@@ -2699,13 +2101,9 @@ def test_an_unreadable_image_ends_the_process(tmp_path):
 
 
 REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: flags of training; what is said
-    ("{1} --data camvid:{0}", "3 classes, class 0, class 1, class 2; camvid:"),
-    ("{1} --data folder:{0}/other", "use the same names in the same order"),
-    ("{1} --depth 1", "--depth: the model comes from the checkpoint"),
-    ("{1} --crop 32", "--crop: the model comes from the checkpoint"),
-    ("{1} --data folder:/gone", "no such folder: /gone"),
-    ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"),
-    ("{2} --dim 32", "do not fit this encoder"), ("{2} --heads 4", "its encoder has 2 heads, not 4"),
+    ("{1} --data camvid:{0}", "3 classes, class 0, class 1, class 2; camvid:"), ("{1} --data folder:{0}/other", "use the same names in the same order"),
+    ("{1} --depth 1", "--depth: the model comes from the checkpoint"), ("{2} --dim 48", "do not fit this encoder"),
+    ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"), ("{2} --heads 4", "its encoder has 3 heads, not 4"),
 ]  # fmt: skip
 
 
@@ -2713,7 +2111,8 @@ REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: 
 def test_checkpoints_that_do_not_fit_are_refused(flags, said, seg, tmp_path, capsys):
     small_folder(tmp_path / "other")
     save(tmp_path / "other/classes.txt", b"class 1\nclass 0\nclass 2\n")
-    write_weights("last.pt", tmp_path / "w.pt")
+    state = foreign_vit(class_token=False).state_dict()
+    torch.save(WEIGHT_FILES["ours"](state, state), tmp_path / "w.pt")
     evaluation = f"{EVALUATE} {seg}/run/last.pt --out {tmp_path}/o"
     training = f"{SEG_FLAGS} --init {tmp_path}/w.pt --data folder:{seg}/data --out {tmp_path}/o"
     with pytest.raises(SystemExit) as stop:

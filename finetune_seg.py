@@ -34,15 +34,11 @@ import train
 from train import below_1, fail, float_or_0, int_or_0, positive_float, positive_int, say, up_to_1
 
 IGNORED, ILLEGAL = 255, 254  # labels: 255 is excluded everywhere; 254 marks a value that is no class
-SPLITS = {
-    "train": "train|training",
-    "val": "val|valid|validation",
-    "test": "test|testing",
-}  # names of {split}
+SPLITS = {"train": "train|training", "val": "val|valid|validation", "test": "test|testing"}  # for {split}
 HELD_OUT = 5  # every fifth image is held out if a data set has no validation split
 MOST_IGNORED = 0.05  # largest share of a mask's pixels with colors that are not listed
 MOST_INFERRED = 64  # largest number of classes that is taken from the values in the masks
-LIST_THEM = "list the classes in DIR/classes.txt, one per line: NAME GRAY or NAME R G B, e.g., 'object 255'"
+LIST_THEM = "for folder:DIR, write DIR/classes.txt, one class per line: NAME GRAY or NAME R G B: 'object 255'"
 VAL_SCENES = 50  # number of drawn scenes for validation
 
 
@@ -58,9 +54,9 @@ class DataSet:
     searched in the folder, in `roots` below it, and in a single folder that wraps everything. An image and a
     mask belong together if their stars match the same text, or their '#' the same number; '|' separates
     alternatives, '.*' at the end matches any image extension. Without {split}, every fifth image is held out.
-    splits: the values of {split}, in any capitalization; train, val and test may be spelled out (SPLITS).
+    splits: the values of {split}, in any capitalization; train, val and test stand for all names in SPLITS.
     values: class of each value of an integer mask; None if the value is the class. colors: class of each RGB
-    color in masks of `color_modes`, and of colors of which no channel differs by more than `tolerance`.
+    color in masks of `color_modes`; a color within `tolerance` of it in every channel counts as that color.
     """
 
     classes: tuple
@@ -319,7 +315,7 @@ def what_is_there(folder):
     for pair in pairs[:1]:  # masks tend to have names that say so
         pair.sort(key=lambda pattern: bool(re.search("(?i)mask|label|annot|manual|truth|gt|seg", pattern)))
     hints = ["..."] * (len(holds) > 6) + [f"try --pairs {shlex.join(pair)}" for pair in pairs[:1]]
-    return "; ".join(holds[:6] + hints)
+    return "; ".join(holds[:6] + hints) or "it holds no files"
 
 
 def read_class_list(folders):
@@ -361,8 +357,8 @@ def read_class_list(folders):
 
 
 def color_table(colors, tolerance):
-    """Label of every RGB color, uint8 [256, 256, 256]: that of the listed color from which no channel differs
-    by more than `tolerance`, nor by more than half the difference of the nearest listed color; else ILLEGAL."""
+    """Label of every RGB color, uint8 [256, 256, 256]: that of a listed color if each channel differs from it
+    by at most `tolerance` and by less than half its distance to any other listed color; else ILLEGAL."""
     table = np.full((256, 256, 256), ILLEGAL, np.uint8)
     for color, label in colors.items():
         gaps = [max(abs(a - b) for a, b in zip(color, other)) for other in colors if other != color]
@@ -374,8 +370,8 @@ def color_table(colors, tolerance):
 class Labeled:
     """Images with masks on disk, by index: image uint8 [3, H, W] and labels uint8 [H, W], 255 ignored.
 
-    palettes: the color of each index in the masks so far, which all masks must share; None if indices are
-    known to mean the same in all masks. pixels: by label [256] over all images, once the masks are checked.
+    palettes: the color of each index in the masks read so far; a mask with another color is invalid. None:
+    palettes are not compared. pixels: number of pixels by label [256] over all images, from check_masks.
     """
 
     def __init__(self, data, pairs, classes, palettes=None):
@@ -394,8 +390,8 @@ class Labeled:
         return self.pairs[i][0]
 
     def labels(self, i, height, width):
-        """Labels of the mask of an image of this size; pixels that belong to no class are ILLEGAL. Raises
-        ValueError."""
+        """Labels uint8 [height, width] of the mask of an image of this size; pixels of no class are ILLEGAL.
+        Raises ValueError for an invalid mask, and any error of Pillow for a damaged one."""
         with Image.open(self.pairs[i][1]) as mask:
             colored = self.data.colors and mask.mode in self.data.color_modes
             raw, palette = np.asarray(mask.convert("RGB") if colored else mask), mask.getpalette()
@@ -422,7 +418,7 @@ class Labeled:
         return labels
 
     def check(self, i):
-        """For sums over masks: pixels by label [256] and the short side of the image. Raises ValueError."""
+        """int [257] for check_masks: pixels by label, and the image's short side. Raises as `labels` does."""
         with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
             width, height = image.size
             if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # rotated by 90 degrees
@@ -451,8 +447,8 @@ class DrawnScenes(Labeled):
 
 
 def check_masks(part, rank, world_size, device):
-    """Read all masks once, shared among the processes, and set part.pixels -> mean short side of images. Exits
-    with an error that names invalid masks."""
+    """Check all masks, divided among the processes, and set part.pixels -> mean short side of images. Exits
+    with an error that counts the invalid masks and names one."""
     wrong, nothing = [], np.zeros(256 + 1, np.int64)
 
     def check(i):
@@ -633,17 +629,17 @@ def linear_decoder(dim, classes):
     return decoder
 
 
-# (width of the tokens, number of classes) -> module, tokens [B, N, D] -> class logits [B, N, C]. --decoder offers
-# every entry.
+# (width of the tokens, number of classes) -> module that maps tokens [B, N, D] to class logits [B, N, C].
+# --decoder offers every entry.
 DECODERS = {"linear": linear_decoder}
 
 
 class Segmenter(nn.Module):
     """A ViT and a decoder on its patch tokens: images [B, 3, H, W] -> class logits float32 [B, C, H, W].
 
-    encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. decoder: a key of
-    DECODERS. frozen: the encoder is not trained; it stays in evaluation mode and gets no gradients (linear
-    probe). Otherwise its parameters are trained as their requires_grad says.
+    encoder: loca.ViT, or any module with dim and patch_size that maps images to patch tokens. decoder: a key
+    of DECODERS. frozen: train only the decoder (linear probe); the encoder stays in evaluation mode and gets
+    no gradients. Otherwise, encoder parameters with requires_grad are trained too.
     """
 
     def __init__(self, encoder, classes, frozen=False, decoder="linear"):
@@ -873,8 +869,8 @@ METRICS = {
 
 
 def report(result, table=True, training=None):
-    """Print an evaluation; with `table`, also that of each class, and which classes are never predicted, with
-    their shares of the `training` pixels by label, or of the evaluated pixels if these are None."""
+    """Print an evaluation; with `table`, also every class, and which classes are never predicted correctly,
+    with their shares of the pixels. training: the training pixels by label; None: use those evaluated."""
     rows, total = result["classes"], max(1, sum(row["pixels"] for row in result["classes"]))
     if table:
         width = max(len(row["name"]) for row in rows)
@@ -882,18 +878,14 @@ def report(result, table=True, training=None):
         for row in rows:
             iou, accuracy = ("-" if row[key] is None else f"{row[key]:.1%}" for key in ("iou", "accuracy"))
             say(f"{row['name']:<{width}}{iou:>7}{accuracy:>10}{row['pixels'] / total:16.2%}")
-    say(
-        f"{result['protocol']}: "
-        + " | ".join(f"{title} {result[name]:.2%}" for name, title in METRICS.items())
-    )
+    figures = " | ".join(f"{title} {result[name]:.2%}" for name, title in METRICS.items())
+    say(f"{result['protocol']}: {figures}")
     pixels = np.array([row["pixels"] for row in rows]) if training is None else training[: len(rows)]
     never = [k for k in np.argsort(-pixels, kind="stable") if rows[k]["accuracy"] == 0]
     if table and never:
         named = [f"{rows[k]['name']} {pixels[k] / pixels.sum():.1%}" for k in never]
-        shown, kind = (
-            ", ".join(named[:5] + ["..."] * (len(named) > 5)),
-            "evaluated" if training is None else "training",
-        )
+        shown = ", ".join(named[:5] + ["..."] * (len(named) > 5))
+        kind = "evaluated" if training is None else "training"
         say(f"note: never predicted correctly (share of the {kind} pixels): {shown}")
 
 
@@ -908,7 +900,7 @@ def paint(labels, palette):
 
 
 def add_legend(picture, labels, classes, palette):
-    """The picture and, to its right, color, number and name of every class in `labels`, most frequent first."""
+    """The picture with a legend: color, number and name of each class in `labels`, most frequent first."""
     counts = np.bincount(labels.ravel(), minlength=256)[: len(classes)]
     order, font = np.argsort(-counts, kind="stable"), ImageFont.load_default(13)
     row, left = 20, picture.width + 10
@@ -973,8 +965,8 @@ def evaluate_only(args):
 
 def predict(args):
     """Segment images into --out: NAME_mask.png (colors), NAME_overlay.png (with a legend) and NAME_labels.png
-    (indices), each at the photo's place in the folder that was given. classes.txt makes the masks and the
-    labels valid ones of folder:DIR. Exits with an error if a file exists already."""
+    (indices), in the same subfolders as the photos. With classes.txt in DIR, folder:DIR can read
+    masks and labels. Exits with an error if a result exists already, or a classes.txt with other contents."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     model, content = load_segmenter(args, device)
@@ -1036,6 +1028,7 @@ def main(args):
     # --fraction keeps part of the training images; their names identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
+    pixels = images.pixels if args.fraction == 1 else None  # by label, of all training images
     identity = train.identify(images, val_images, world_size)
     total_steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
 
@@ -1089,7 +1082,7 @@ def main(args):
 
             # ---- forward and backward ----
             for micro in range(args.accumulate):
-                batch = train.to_device(meter.next_batch(batches, len(images) // world_size), device)
+                batch = train.to_device(meter.next_batch(batches, len(images)), device)
                 train.seed_all(args.seed, step, rank, micro)  # stochastic depth
                 last = micro == args.accumulate - 1  # gradients are averaged over the devices once per step
                 with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
@@ -1124,7 +1117,7 @@ def main(args):
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                 say(f"evaluating {len(val_images)} images")
                 result = evaluate(model, val_images, args, "val", classes, rank, world_size, device)
-                report(result, done == total_steps, images.pixels)
+                report(result, done == total_steps, pixels)
                 record |= {f"val_{name}": result[name] for name in METRICS}
                 better = best is None or result["miou"] > best
                 best = max(result["miou"], best or 0.0)
@@ -1148,7 +1141,7 @@ def main(args):
     train.end_processes()
     if best is not None:
         say(f"best mIoU {best:.2%}")
-    say(f"{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl")
+    say(f"{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl, settings.json")
     say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
 
 
@@ -1187,10 +1180,10 @@ def make_parser():
     g.add_argument("--pairs", metavar=("IMAGES", "MASKS"), nargs=2, help="images and masks instead of the known layouts: quoted patterns relative to DIR with * for the shared name, and {split} if there are splits, such as 'image/{split}/*.png' 'label/{split}/*_seg.png'")
     g.add_argument("--classes", type=number_of_classes, help="number of classes of folder:DIR; default: from classes.txt, or the values in the masks")
     g.add_argument("--fraction", type=share, default=1.0, help="share of the training images, such as 1/32; smaller subsets are part of larger ones")
-    g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on two cores")
+    g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on one core")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch")
+    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; default: none, or runs/scenes/last.pt without --data")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder to load if --init holds both")
     g.add_argument("--encoder", metavar="timm:NAME", type=timm_name, help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
     g.add_argument("--decoder", default="linear", choices=list(DECODERS), help="what maps patch tokens to class logits")
@@ -1212,8 +1205,8 @@ def make_parser():
     g.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
     g.add_argument("--batch", type=positive_int, help="images per step, over all devices and micro-batches")
     g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory")
-    g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: sgd, as in Segmenter; adamw is easier on small data")
-    g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: the data set's for sgd, else {ADAMW['lr']}")
+    g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: sgd, as in Segmenter, or adamw in presets; easier on small data")
+    g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: that of the data set or preset; for another optimizer {ADAMW['lr']}")
     g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, else {ADAMW['weight_decay']}")
     g.add_argument("--layer-decay", type=up_to_1, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
     g.add_argument("--clip", type=float_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
@@ -1225,7 +1218,7 @@ def make_parser():
     g.add_argument("--evaluations", type=positive_int, default=10, help="evenly spaced evaluations per run, the last one at the end; 2 in presets")
     g.add_argument("--predict", nargs="+", metavar="PATH", type=existing, help="images or folders to segment with --checkpoint, into --out")
     g = train.add_run_flags(parser)
-    g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME")
+    g.add_argument("--out", metavar="DIR", help="run folder; a run found there is resumed; default: runs/finetune_NAME; with --eval-only, that of --checkpoint; with --predict, predictions")
     # fmt: on
     return parser
 
@@ -1254,7 +1247,7 @@ def choose_preset(given):
 
 
 def settings_of_weights(encoder, init, branch):
-    """The sizes of a new encoder: those of the timm model or of the file of --init; none from scratch."""
+    """The sizes of a new encoder, from the timm model or from the file of --init; empty without a file."""
     try:
         if encoder:
             with torch.device("meta"):  # only for its sizes
@@ -1286,8 +1279,8 @@ def settings_of_checkpoint(path, given, parser):
 
 
 def settle_sizes(args, given, parser):
-    """Make crop, window and stride [height, width], adapt those that no flag sets to the patches and to the
-    window, and check those that are given."""
+    """Turn crop, window and stride into [height, width], and check them. Without a flag, the crop is rounded
+    up to whole patches, and the stride is at most the window."""
     patch = args.patch_size
     if not given.crop:
         args.crop = [math.ceil(side / patch) * patch for side in args.crop]
@@ -1333,7 +1326,7 @@ def parse_args(arguments=None):
     settle_sizes(args, given, parser)
     for key in () if training else OF_MODEL:
         if getattr(args, key) != found[key]:
-            parser.error(f"{train.flag(key)}: the model comes from the checkpoint; remove this flag")
+            parser.error(f"{train.flag(key)} (or --model): the model is that of the checkpoint; remove it")
     if training:
         train.settle_batch(args, parser)
     return args

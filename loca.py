@@ -136,7 +136,8 @@ class ViT(nn.Module):
 
     image_size: size in pixels, one number or (height, width), of the position embedding; forward takes any
     size divisible by `patch_size`. drop_path: stochastic depth rate of the last block; it rises linearly from
-    0. class_token: as in DINO, MAE and most timm models; LOCA has none. ValueError if sizes do not divide.
+    0. class_token: add one, as DINO, MAE and most timm models do; LOCA has none. Raises ValueError unless the
+    patch size divides the image size and the number of heads divides the width.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, mlp_dim, drop_path=0.1, class_token=False):
@@ -264,8 +265,8 @@ class PositionPredictor(nn.Module):
 
 
 def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
-    """Find the reference patch that shows the same content as each query patch, exactly: the three nearest-
-    neighbor samplings of the released pipeline, in integer arithmetic.
+    """For each query patch, find the reference patch that shows the same content. Reproduces the released
+    pipeline's three nearest-neighbor samplings exactly, in integer arithmetic.
 
     reference_box, query_box: long [..., 4] = top, left, height, width in image pixels. flip: bool [...], True
     for mirrored queries. view: side of the query in pixels. grid, reference_grid: patches per side. Returns
@@ -389,8 +390,9 @@ class LOCA(nn.Module):
     encoder: a ViT whose image size is that of the reference. prototypes: P; 0, like a feature_weight of 0,
     trains with the position loss alone. masking_ratio: eta, the share of hidden reference tokens.
     masking: a key of MASKING. query_tokens: encoded tokens of the random query; 0 means 5/14, as published.
-    reference_encoder: 'teacher', or 'student', which encodes and learns from the visible reference tokens
-    alone. query_position: whether queries get the position embedding. single_image: no reference; a view
+    reference_encoder: 'teacher', which encodes the whole reference, or 'student', which encodes and learns
+    from its visible tokens alone. query_position: whether queries get the position embedding. 'published':
+    'teacher' and True with the feature loss, 'student' and False without. single_image: no reference; a view
     without position embedding attends to a random share 1 - eta of its own tokens and predicts its own
     positions (Zhai et al. 2022, the comparison in the paper's figures 2 and 3).
     """
@@ -442,9 +444,9 @@ class LOCA(nn.Module):
         views: reference [B, 3, S, S], query [B, 3, S, S], query_targets [B, N], focal [B, F, 3, s, s],
         focal_targets [B, F, n]; targets are reference positions, -1 = none. teacher: from make_teacher, if
         `needs_teacher`. visible [K] or [B, K]: reference tokens that the queries see. keep: tokens of the
-        random query that are encoded. Both are drawn at random if None.
+        random query that are encoded. If None, visible and keep are drawn at random.
 
-        Returns a dict of scalars, all of which train.py prints: loss (with gradient), position_loss (ln N at
+        Returns a dict of scalars, all of which train.py logs: loss (with gradient), position_loss (ln N at
         chance), position_accuracy (0..1), position_distance (in patches) and feature_loss; with the feature
         loss, also its part cross_entropy (ln P at chance), and prototype_perplexity (1..P) and target_entropy
         (0..ln P), which reveal collapse.
@@ -536,9 +538,9 @@ def update_teacher(teacher, model, momentum):
 
 
 # ------------------------------------------------------------------------------------- weights in and out
-# Any file -> one flat dict of names -> one table of renames -> the ViT of the wanted branch, complete. A
-# table is read top-down to rename tensors, and bottom-up to report missing ones by the file's names. "query,
-# key, value" is only for reports, because the three are joined after the renames.
+# A file is read as one flat dict of tensors by name. One table of renames turns this into the complete ViT
+# of the wanted branch. A table is read from the top to rename tensors, and from the bottom to report missing
+# ones by the file's names. "query, key, value" is only for reports: the three are joined after renaming.
 
 RELEASED_NAMES = (  # in the authors' flax files -> here
     (".kernel", ".weight"), ("norm.scale", "norm.weight"), ("LayerNorm_0.scale", "LayerNorm_0.weight"),
@@ -581,7 +583,7 @@ def load_weights(path, branch="teacher"):
     Reads this project's checkpoints, the authors' flax files (needs msgpack), and PyTorch or safetensors
     files with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face. branch: 'teacher' or
     'student', for files that hold both. Attributes of the state dict: sizes, the arguments of the matching
-    ViT; heads_assumed, if the file does not state the number of heads; prefix, such as 'teacher_weights.'.
+    ViT; heads_assumed, whether the number of heads is a guess; prefix of the ViT's names in the file.
     """
     try:
         return _find_vit(read_entries(path), branch)
@@ -613,9 +615,8 @@ def load_encoder(encoder, state):
     sizes = getattr(state, "sizes", None) or _vit_sizes(state)
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
-    token, patches = state["pos_embed"].tensor_split(
-        [int("cls_token" in state)], dim=1
-    )  # 1,0 or 1,D and 1,N,D
+    # The entry of the class token [1, 0 or 1, D] and those of the patches [1, N, D].
+    token, patches = state["pos_embed"].tensor_split([int("cls_token" in state)], dim=1)
     if grid != encoder.grid:
         patches = resize_position_embedding(patches.float(), grid, encoder.grid)
     if encoder.cls_token is None:
@@ -635,7 +636,7 @@ def published_to_state_dict(flat):
 
 def read_entries(path):
     """All entries of a weights file by name, {'teacher.encoder.norm.weight': tensor, 'step': 3, ...}: names
-    in nested dicts are joined by dots. In a folder, reads its only weights file. Errors: see load_weights."""
+    in nested dicts are joined by dots. In a folder, reads its only weights file. May raise any exception."""
     if os.path.isdir(path):
         files = [file for file in os.listdir(path) if file in ("model.safetensors", "pytorch_model.bin")]
         if len(files) != 1:
@@ -674,9 +675,7 @@ def read_torch_file(path):
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
         reason = f"it is damaged, or torch.save did not write it ({type(error).__name__})"
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = (
-                f"it holds an object of class {unsafe[1]}, which could run code; save only the state dict"
-            )
+            reason = f"it holds a {unsafe[1]} object, which could run code; save only the state dict"
         elif "TorchScript" in str(error):
             reason = "it is a TorchScript program; save only the state dict of torch.jit.load(FILE)"
         elif str(path).endswith(".npz"):
@@ -718,12 +717,12 @@ def _find_vit(entries, branch):
     tensors = {name[len(prefix) :]: x for name, x in tensors.items()}
     state = _to_our_names(tensors, renames)
 
-    # Our checkpoints carry their settings; in flax files, shapes tell the heads; MoCo v3's ViT-S has 12.
+    # Our checkpoints state heads and image size; flax files show heads in a shape; MoCo v3's ViT-S has 12.
     known = {key: entries.get(f"settings.{key}") for key in ("heads", "image_size")}
     query = tensors.get("encoderblock_0.MultiHeadDotProductAttention_0.query.kernel")
     if query is not None:
         known["heads"] = query.shape[1]  # in,heads,head width
-        # Both branches have the same blocks: one that only the other branch has is missing here.
+        # Both branches have the same depth, so a block that only the other branch has counts as missing.
         known["depth"] = 1 + max(map(int, re.findall(r"encoderblock_(\d+)", " ".join(entries))))
     elif re.search("(momentum|base)_encoder", prefix) and state["encoder.pos_embed"].shape[-1] == 384:
         known["heads"] = 12
@@ -735,7 +734,7 @@ def _find_vit(entries, branch):
 
 
 def _to_our_names(tensors, renames):
-    """Tensors by name, with this file's names and layouts."""
+    """Convert tensors by name from a file's names and layouts to those of this module."""
     state = OrderedDict()  # unlike a dict, it can have attributes
     for name, value in tensors.items():
         if name.endswith("embedding.kernel"):
@@ -760,8 +759,8 @@ def _to_our_names(tensors, renames):
 
 
 def _vit_sizes(state, heads=None, image_size=None, depth=None):
-    """The arguments of ViT that match a state dict. If `heads` and `image_size`, which its tensors do not
-    determine, are None: the usual number for the width, and a square image."""
+    """The arguments of ViT that match a state dict. Tensors do not determine `heads` and `image_size`: if
+    None, these are the usual number for the width, and a square. depth: if None, the blocks are counted."""
     kernel, missing = state["encoder.patch_embed.proj.weight"], torch.empty(1, 1)
     hidden, class_token = state.get("encoder.blocks.0.mlp.fc1.weight", missing), "encoder.cls_token" in state
     dim, patch_size = len(kernel), kernel.shape[-1]
@@ -778,8 +777,8 @@ def _vit_sizes(state, heads=None, image_size=None, depth=None):
 
 
 def _check_fit(own, state, problem, renames=(), prefix=""):
-    """Raise a ValueError, `problem` and the file's names, unless a state dict has a ViT's own tensors in
-    their shapes and no other parts of a ViT. Other projects' heads, decoders and buffers do not count."""
+    """Raise a ValueError, `problem` and names as in the file, unless a state dict has all tensors of a ViT in
+    their shapes (`own`) and no other part of a ViT. Other projects' heads, decoders and buffers may stay."""
     part_of_vit = r"(encoder\.)?(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
     lists = {
         "missing": own.keys() - state.keys(),

@@ -314,6 +314,16 @@ def test_attention_in_bf16_equals_float32():
 
 
 @torch.no_grad()
+def test_timm_loads_the_weights_and_agrees():
+    timm, images = pytest.importorskip("timm"), torch.randn(2, 3, 32, 48)
+    own = loca.vit("Ti/16", image_size=(32, 48), class_token=True).eval()
+    own.load_state_dict({name: x + 0.01 * torch.randn_like(x) for name, x in own.state_dict().items()})
+    settings = {"img_size": (32, 48), "global_pool": "", "num_classes": 0, "act_layer": "gelu_tanh"}
+    theirs = timm.create_model("vit_tiny_patch16_224", **settings).eval()
+    theirs.load_state_dict(own.state_dict(), strict=True)
+    torch.testing.assert_close(own(images), theirs(images)[:, 1:], rtol=1e-4, atol=1e-5)
+
+
 def test_initialization():
     torch.manual_seed(0)
     vit = loca.vit("Ti/16", depth=1)
@@ -1827,6 +1837,14 @@ def test_the_pairs_that_would_fit_are_named_and_work(image, mask, pairs, tmp_pat
     assert "--pairs" not in fails_to(open_part, "folder", tmp_path)
 
 
+def test_several_candidates_are_never_searched(tmp_path):
+    """Each patient's folder would be a data set; taking one of them would be a guess."""
+    for name in ("patient1", "patient2"):
+        small_folder(tmp_path / name)
+    said = fails_to(open_part, "folder", tmp_path)
+    assert re.search("no images with masks; .*; patient1/images/train/ holds 6 files such as 0.png; ", said)
+
+
 def test_lists_of_names(tmp_path):
     """As in Pascal VOC: trainaug.txt names more images, and SegmentationClassAug has their masks."""
     for file in ("ClassAug/a", "Class/a", "ClassAug/b", "Class/c"):
@@ -2102,7 +2120,7 @@ def test_an_unreadable_image_ends_the_process(tmp_path):
 
 REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: flags of training; what is said
     ("{1} --data camvid:{0}", "3 classes, class 0, class 1, class 2; camvid:"), ("{1} --data folder:{0}/other", "use the same names in the same order"),
-    ("{1} --depth 1", "--depth: the model comes from the checkpoint"), ("{2} --dim 48", "do not fit this encoder"),
+    ("{1} --depth 1", "--depth (or --model): the model is that of the checkpoint"), ("{2} --dim 48", "do not fit this encoder"),
     ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"), ("{2} --heads 4", "its encoder has 3 heads, not 4"),
 ]  # fmt: skip
 

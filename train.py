@@ -91,9 +91,7 @@ def refuse_masks(folder, flag, names):
     images/, or NAME_mask.png beside NAME.jpg."""
     masks = {os.path.splitext(name)[0] + b"_mask.png" for name in names}.intersection(names)
     if masks:
-        fail(
-            f"{flag} {folder}: {os.fsdecode(min(masks))} is a mask, not a photo; move masks to another folder"
-        )
+        fail(f"{flag} {folder}: {os.fsdecode(min(masks))} is a mask; move masks to another folder")
     places = {Path(os.fsdecode(place)) for place in {os.path.dirname(name) for name in names}}
     places = sorted(places.union(*(place.parents for place in places)))  # all folders that hold images
     masks, photos = ([x for x in places if re.fullmatch(kind, x.name, re.I)] for kind in (MASKS, PHOTOS))
@@ -119,9 +117,9 @@ def has_deep_channels(image):
 
 
 def read_image(path, decode_size=0):
-    """Decode any image file as upright RGB: uint8 [3, H, W]. A JPEG is decoded at a half, quarter or eighth
-    of its size, which is faster, if its short side stays at `decode_size` or more; 0: never. Raises OSError
-    or ValueError."""
+    """Decode any image file as upright RGB: uint8 [3, H, W]. With a decode_size, a JPEG is decoded at a half,
+    quarter or eighth of its size, which is faster, if its short side stays at `decode_size` or more. Raises
+    ValueError for more than 8 bits per channel, and any error of Pillow for a damaged file."""
     with Image.open(path) as image:  # reads the header only, and refuses decompression bombs
         if has_deep_channels(image):
             raise ValueError("more than 8 bits per channel; convert all images to 8 bits with one range")
@@ -158,8 +156,8 @@ class Images:
 
 
 def identify(images, held_out, world_size):
-    """Count and hash of the names of the training images, which a resumed run must find again; their folder
-    may move. Exits with an error if processes see different images."""
+    """The number of training images and a hash of their names, as text. A resumed run must find the same; the
+    folder may move. Exits with an error if processes see different images."""
     found = []
     for source in (images, held_out):
         if isinstance(source, Images):
@@ -314,8 +312,8 @@ def crop(image, box, size, flip):
 
 
 def read_or_next(source, index, read):
-    """The result of `read` for the image at `index`, or for the next readable one; and what was wrong
-    with the image at `index`, '' if nothing. Raises ValueError after 100 unreadable images in a row."""
+    """Read the image at `index`, or the next one that is readable -> the result of `read`, and what was wrong
+    with the image at `index` ('' if nothing). Raises ValueError after 100 unreadable images in a row."""
     wrong, most = "", min(len(source), 100)
     for i in range(most):
         try:
@@ -379,10 +377,10 @@ def read_batches(dataset, workers, device, **sampling):
         multiprocessing_context="spawn" if workers else None,  # forking with running threads can hang
         **sampling,
     )
-    # The main process handles these signals, though terminals and schedulers send them to all processes.
-    # Workers inherit the mask of blocked signals, so they must be shut down before this process exits.
+    # Terminals and schedulers send these signals to all processes, but only the main process handles them.
+    # Workers inherit the mask that blocks them, so they must be shut down before this process exits.
     if workers:
-        resource_tracker.ensure_running()  # the first loader would start it, which unblocks some of them
+        resource_tracker.ensure_running()  # before the mask is set: starting it unblocks some signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         iterator = iter(loader)
@@ -708,9 +706,7 @@ def init_distributed(name=None):
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and of mpirun
     if "RANK" not in os.environ and any(int(os.environ.get(variable, "1")) > 1 for variable in launchers):
-        fail(
-            "use srun --ntasks-per-node=1 torchrun ..., as in the README; srun or mpirun alone is not enough"
-        )
+        fail("srun or mpirun alone is not enough: use srun --ntasks-per-node=1 torchrun ..., see README")
     mps = torch.backends.mps.is_available()
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
@@ -844,8 +840,8 @@ class Meter:
         self.start, self.waited = time.perf_counter(), 0.0
 
     def next_batch(self, batches, epoch):
-        """The next batch. Measures the time spent waiting for it, and names each unreadable file once; exits
-        with an error if over 5% of the images that this process reads in an `epoch` are unreadable."""
+        """The next batch. Measures the time spent waiting for it, and names each unreadable file once. Exits
+        with an error if these exceed 5% of the images so far (counted as 400 or more, up to one `epoch`)."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
@@ -878,9 +874,7 @@ def check_finite(record, done):
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = f"the loss or its gradient was not finite in the steps up to {done} ({values})"
-        fail_together(
-            f"{text}; the last checkpoint is intact: rerun with a smaller --lr or with --precision float32"
-        )
+        fail_together(f"{text}; the last checkpoint is intact: use a smaller --lr or --precision float32")
 
 
 def peak_memory(device):
@@ -964,7 +958,8 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
             fail(f"cannot resume from {path}: {reason}; remove it, or use another --out")
         # Compare the settings: some may change; changing the others would make it a different run.
         changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
-        wrong = [f"{flag(key)} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
+        names = {key: flag(key) if key in defaults else key for key in changed}
+        wrong = [f"{names[key]} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
         if saved.get("images", images) != images:
             wrong.append(f"{saved['images']}, not {images}")
         if wrong:
@@ -995,8 +990,8 @@ def held_out_batches(views, args, device, indices):
 
 @torch.no_grad()
 def evaluate(model, teacher, views, args, world_size, device, indices):
-    """Held-out means of what LOCA returns -> dict of floats. Each process gives the `indices` of as many
-    images; stochastic depth is off."""
+    """Means over held-out images of what LOCA returns -> dict of floats. indices: this process's images; all
+    processes must have equally many. Stochastic depth is off."""
     both, sums = nn.ModuleList(part for part in (model, teacher) if part is not None).eval(), 0.0
     for _, batch in held_out_batches(views, args, device, indices):
         with autocast(args.precision, device):
@@ -1167,7 +1162,7 @@ def main(args, images=None):
 
             # ---- forward and backward ----
             for micro in range(args.accumulate):
-                batch = to_device(meter.next_batch(batches, len(train_images) // world_size), device)
+                batch = to_device(meter.next_batch(batches, len(train_images)), device)
                 seed_all(args.seed, step, rank, micro)  # color jitter, masks, stochastic depth
                 views = to_views(batch, args)
                 last = micro == args.accumulate - 1  # gradients are averaged over the devices once per step

@@ -273,7 +273,7 @@ def find_pairs(name, folder, split, patterns=None):
         if any(masks and wanted for _, masks, wanted in found.values()):
             break
     else:
-        looked = ", ".join(f"{images} with {masks}" for images, masks, *_ in layouts[:6])
+        looked = ", ".join(dict.fromkeys(f"{x[0]} with {x[1].split('|')[0]}" for x in layouts))
         refuse(f"no images with masks; looked for {looked}")
     if "{split}" not in str(layout):
         found = {"train": found["train"]}

@@ -478,7 +478,8 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         return [*map(DrawnScenes, seeds)], list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
     data = DATASETS[args.name]
     if args.name == "folder":
-        data = read_class_list(places(data, args.folder)) or data
+        beside = [os.path.join(args.folder, os.path.dirname(args.pairs[1]))] if args.pairs else []
+        data = read_class_list([*places(data, args.folder), *beside]) or data  # also beside the masks
     names = list(data.classes or classes or (f"class {k}" for k in range(args.classes or ILLEGAL)))
     if classes and names != list(classes):
         old, new = (f"{len(x)} classes, {', '.join(x[:30])}" for x in (classes, names))
@@ -965,8 +966,8 @@ def evaluate_only(args):
 
 def predict(args):
     """Segment images into --out: NAME_mask.png (colors), NAME_overlay.png (with a legend) and NAME_labels.png
-    (indices), in the same subfolders as the photos. With classes.txt in DIR, folder:DIR can read
-    masks and labels. Exits with an error if a result exists already, or a classes.txt with other contents."""
+    (indices), in the same subfolders as the photos, and classes.txt, which makes them masks for --pairs.
+    Exits with an error if a result exists already, or a classes.txt with other contents."""
     rank, world_size, device = train.init_distributed(args.device)
     args.precision = args.precision or train.default_precision(device)
     model, content = load_segmenter(args, device)

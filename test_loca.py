@@ -2046,12 +2046,10 @@ def test_predict_needs_the_checkpoint_alone(seg, tmp_path, capsys, monkeypatch):
     assert labels.shape == (37, 53) and labels.max() <= 2 and made("odd_overlay.png").shape[1] > 53
     assert (made("odd_mask.png") == np.array(content["palette"])[labels]).all()
     # With classes.txt, the labels and the colors are masks of a folder.
-    (tmp_path / "in/out/classes.txt").rename(tmp_path / "classes.txt")
-    listed = finetune_seg.read_class_list([tmp_path])
     for kind in ("labels", "mask"):
-        pairs = [(str(tmp_path / "in/odd.jpg"), str(tmp_path / f"in/out/odd_{kind}.png"))]
-        assert (finetune_seg.Labeled(listed, pairs, 3).read(0)[1].numpy() == labels).all()
-    assert list(listed.classes) == content["classes"]
+        pairs = ["in/o*.jpg", f"in/out/o*_{kind}.png"]
+        part, names, *_ = open_part("folder", tmp_path, pairs=pairs)
+        assert names == content["classes"] and (part.read(0)[1].numpy() == labels).all()
     monkeypatch.setattr(finetune_seg, "LARGEST", 3 * 37 * 53 // 2)  # a photo that is too large
     run(finetune_seg, f"{flags}/in/sub {tmp_path}/in/odd.jpg --multi-scale --out {tmp_path}/two")
     assert made("odd_labels.png", "two").shape == (37, 53) and (tmp_path / "two/thin_overlay.png").exists()

@@ -461,7 +461,7 @@ def check_masks(part, rank, world_size, device):
     # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     with ThreadPoolExecutor() as pool:
         counts = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
-    found = sum(train.gather(wrong, world_size), [])
+    found = sum(train.gather(wrong), [])
     if found:
         fail(f"{len(found)} invalid masks, such as {min(found)}")
     *pixels, short = train.total(counts, device)
@@ -831,17 +831,19 @@ def evaluate(model, source, args, split, names, rank, world_size, device):
     confidence, present = torch.zeros(2, len(source), classes, device=device)
     indices = range(rank, len(source), world_size)
     workers = min(args.workers, len(indices), 4)
-    for item in train.read_batches(Samples(source, args), workers, device, batch_size=None, sampler=indices):
-        if item["unreadable"]:
-            fail(f"cannot evaluate: {item['unreadable']}; repair or remove the file")
-        item, i = train.to_device(item, device), item["index"]
-        truth, probabilities = item["labels"], class_probabilities(model, item["image"], args)
-        confidence[i] = probabilities.amax((1, 2))
-        present[i] = torch.bincount(truth.flatten().long(), minlength=256)[:classes] > 0
-        matrices[0] += confusion(truth, probabilities.argmax(0), classes)
-        # Localization alone: the classes in the image are given, and each pixel chooses among them.
-        allowed = probabilities.masked_fill(present[i][:, None, None] == 0, -1.0)
-        matrices[1] += confusion(truth, allowed.argmax(0), classes)
+    items = train.read_batches(Samples(source, args), workers, device, batch_size=None, sampler=indices)
+    with contextlib.closing(items):
+        for item in items:
+            if item["unreadable"]:
+                fail(f"cannot evaluate: {item['unreadable']}; repair or remove the file")
+            item, i = train.to_device(item, device), item["index"]
+            truth, probabilities = item["labels"], class_probabilities(model, item["image"], args)
+            confidence[i] = probabilities.amax((1, 2))
+            present[i] = torch.bincount(truth.flatten().long(), minlength=256)[:classes] > 0
+            matrices[0] += confusion(truth, probabilities.argmax(0), classes)
+            # Localization alone: the classes in the image are given, and each pixel chooses among them.
+            allowed = probabilities.masked_fill(present[i][:, None, None] == 0, -1.0)
+            matrices[1] += confusion(truth, allowed.argmax(0), classes)
     model.train()
     sums = [np.array(train.total(x, device)) for x in (matrices, confidence, present)]
     matrices, confidence, present = sums[0], sums[1], sums[2] > 0
@@ -1011,8 +1013,8 @@ def predict(args):
 
 # ---------------------------------------------------------------------------------------------------- main
 
-MAY_CHANGE = {  # settings that a resumed run may change
-    "data", "folder", "classes", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
+MAY_CHANGE = {  # flags that a resumed run may change
+    "data", "classes", "out", "workers", "device", "precision", "log_every", "save_minutes", "accumulate", "epochs", "steps",
     "lr", "clip", "evaluations", "window", "stride", "multi_scale",
 }  # fmt: skip
 
@@ -1030,7 +1032,7 @@ def main(args):
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
     pixels = images.pixels if args.fraction == 1 else None  # by label, of all training images
-    identity = train.identify(images, val_images, world_size)
+    identity = train.identify(images, val_images)
     total_steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
 
     # ---- model and optimizer ----
@@ -1049,16 +1051,16 @@ def main(args):
     # ---- resume: the same command continues the run in --out ----
     modules = {"model": model, "optimizer": optimizer}
     defaults = vars(make_parser().parse_args([]))
-    saved = train.load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
+    saved = train.load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules)
     start_step, best = (saved["step"], saved["best"]) if saved else (0, None)  # best: mIoU
-    if saved and saved["classes"] != classes:
-        fail(f"{out}/last.pt has other class names; restore them or use a new --out")
+    if saved and (saved["settings"]["name"], saved["classes"]) != (args.name, classes):
+        fail(f"{out}/last.pt is of another data set or has other class names; use a new --out")
     if start_step >= total_steps:
         say("note: this run is already finished; use a new --out, or add --eval-only")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
-    meter, log = train.Meter(device, world_size), train.Log(out, start_step) if rank == 0 else None
+    meter, log = train.Meter(device), train.Log(out, start_step) if rank == 0 else None
     if rank == 0:
         train.write_json(out / "settings.json", vars(args))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -1100,12 +1102,12 @@ def main(args):
             # ---- log, evaluate, save: the only place where the host waits for the device ----
             done = step + 1
             evaluate_now = done * args.evaluations // total_steps > step * args.evaluations // total_steps
-            alone = world_size == 1 and stop.signal is not None  # several processes agree only at log lines
+            alone = stop and world_size == 1  # several processes agree only at log lines
             if not (evaluate_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             train.check_finite(record, done)
-            stopping = done < total_steps and train.total([float(stop.signal is not None)], device)[0] > 0
+            stopping = done < total_steps and train.total([float(bool(stop))], device)[0] > 0
             rate = max(group["lr"] for group in optimizer.param_groups)
             record |= {"lr": rate, "memory_gib": train.peak_memory(device)}
             say(

@@ -6,7 +6,6 @@ the seed and on its step or image, so a resumed run continues as if it had never
 """
 
 import argparse
-import atexit
 import contextlib
 import functools
 import hashlib
@@ -24,7 +23,6 @@ import time
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,11 +46,11 @@ def fail(text):
 
 
 def import_optional(name):
-    """Import an optional package. Exits with the command to install it if it is missing."""
+    """Import a module. If a package that it needs is missing, exits with the command to install it."""
     try:
         return importlib.import_module(name)
-    except ImportError:
-        fail(f"this needs the package {name}: pip install {name}")
+    except ImportError as error:
+        fail(f"this needs the package {error.name}: pip install {error.name}")
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -108,20 +106,15 @@ def warn_once(text):
         show(f"warning: {text}", sys.stderr)
 
 
-def has_deep_channels(image):
-    """Whether an opened image has more than 8 bits per channel. Pillow reads 16-bit RGB as 8-bit RGB, so its
-    mode does not tell; the raw mode of a PNG and the BitsPerSample of a TIFF do."""
-    raw = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
-    bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 1
-    return image.mode[0] in "IF" or raw.endswith(";16B") or np.max(bits) > 8
-
-
 def read_image(path, decode_size=0):
     """Decode any image file as upright RGB: uint8 [3, H, W]. With a decode_size, a JPEG is decoded at a half,
     quarter or eighth of its size, which is faster, if its short side stays at `decode_size` or more. Raises
     ValueError for more than 8 bits per channel, and any error of Pillow for a damaged file."""
     with Image.open(path) as image:  # reads the header only, and refuses decompression bombs
-        if has_deep_channels(image):
+        # Pillow reads 16-bit RGB as 8-bit RGB; a PNG's raw mode and a TIFF's BitsPerSample show the depth.
+        raw = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+        bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 1
+        if image.mode[0] in "IF" or raw.endswith(";16B") or np.max(bits) > 8:
             raise ValueError("more than 8 bits per channel; convert all images to 8 bits with one range")
         if image.format == "TIFF" and image.n_frames > 1:
             warn_once(f"TIFF files with {image.n_frames} pages: only the first page is read")
@@ -135,10 +128,8 @@ def read_image(path, decode_size=0):
 
 class Images:
     """Images of a folder by index, each uint8 [3, H, W]. Any class with __len__, image(i) and name(i) can
-    replace it; name(i) appears in messages, and a resumed run must find the same names.
-
-    names: numpy array of bytes, relative to the folder, kept in memory that all loader workers share.
-    """
+    replace it; name(i) appears in messages, and a resumed run must find the same names. names: numpy array of
+    bytes, relative to the folder; it is copied to memory that all loader workers share."""
 
     def __init__(self, folder, names, decode_size=0):
         self.folder, self.decode_size = folder, decode_size
@@ -155,7 +146,7 @@ class Images:
         return read_image(self.name(i), self.decode_size)
 
 
-def identify(images, held_out, world_size):
+def identify(images, held_out):
     """The number of training images and a hash of their names, as text. A resumed run must find the same; the
     folder may move. Exits with an error if processes see different images."""
     found = []
@@ -165,7 +156,7 @@ def identify(images, held_out, world_size):
         else:
             names = os.fsencode("/".join(os.path.basename(source.name(i)) for i in range(len(source))))
         found.append(f"{len(source)} images, names {hashlib.sha256(names).hexdigest()[:8]}")
-    seen = {" + ".join(pair) for pair in gather(found, world_size)}
+    seen = {" + ".join(pair) for pair in gather(found)}
     if len(seen) > 1:
         text = f"the processes see different images (training + held out): {'; '.join(sorted(seen))}"
         fail_together(f"{text}; all machines need the same files under the same names")
@@ -274,16 +265,14 @@ class Scenes:
 
 def open_images(args):
     """Training and held-out images that the flags select."""
-    rng = np.random.default_rng(args.seed)
     if args.data is None:
         return Scenes(args.scenes), Scenes(args.val_images, first=10**6)
-    names = find_images(args.data, skip=args.out)
+    names = held_out = find_images(args.data, skip=args.out)
     if args.val:
         held_out = find_images(args.val, "--val", skip=args.out)
-        order, count = rng.permutation(len(held_out)), args.val_images
-    else:
-        held_out, count = names, min(args.val_images, len(names) // 10)
-        order = rng.permutation(len(names))
+    count = args.val_images if args.val else min(args.val_images, len(names) // 10)
+    order = np.random.default_rng(args.seed).permutation(len(held_out))
+    if not args.val:
         names = names[np.sort(order[count:])]
     val_images = Images(args.val or args.data, held_out[np.sort(order[:count])], args.decode_size)
     return Images(args.data, names, args.decode_size), val_images
@@ -296,7 +285,7 @@ def random_box(height, width, area, rng):
     """A random crop of an image, (top, left, height, width): its share of the area is drawn from `area`, its
     aspect ratio from 0.75..1.33; the whole image after 100 failed tries (released pipeline)."""
     for _ in range(100):
-        pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
+        pixels, ratio = rng.uniform(*sorted(area)) * height * width, rng.uniform(0.75, 1.33)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
@@ -312,8 +301,8 @@ def crop(image, box, size, flip):
 
 
 def read_or_next(source, index, read):
-    """Read the image at `index`, or the next one that is readable -> the result of `read`, and what was wrong
-    with the image at `index` ('' if nothing). Raises ValueError after 100 unreadable images in a row."""
+    """Read the image at `index`, or the next readable one -> the result of `read`, and what was wrong with
+    the image at `index` ('' if nothing). Raises ValueError after 100 unreadable images in a row."""
     wrong, most = "", min(len(source), 100)
     for i in range(most):
         try:
@@ -324,10 +313,10 @@ def read_or_next(source, index, read):
 
 
 class Views(Dataset):
-    """One image -> uint8 crops of one reference, one random query and the focal queries, all from one decode.
-    Keys are (epoch, index). Both seed the crops, so a key always gives the same views. Items: reference and
-    query [3, S, S], focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], and unreadable: '' or what was wrong
-    with a file that was replaced by another one."""
+    """One image -> uint8 crops of one reference, one random query and the focal queries. Keys are (epoch,
+    index) and seed the crops, so a key always gives the same views. Items: reference and query [3, S, S],
+    focal [F, 3, s, s], boxes [2 + F, 4], flips [2 + F], and unreadable: '' or what was wrong with a file that
+    was replaced by another one."""
 
     def __init__(self, source, args):
         self.source, self.args = source, args
@@ -369,7 +358,7 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
 
 def read_batches(dataset, workers, device, **sampling):
     """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
-    batch_size. The workers live as long as the generator. Exits with an error if one of them fails."""
+    batch_size. The workers live until the generator is closed. Exits with an error if one of them fails."""
     loader = DataLoader(
         dataset,
         num_workers=workers,
@@ -378,16 +367,12 @@ def read_batches(dataset, workers, device, **sampling):
         **sampling,
     )
     # Terminals and schedulers send these signals to all processes, but only the main process handles them.
-    # Workers inherit the mask that blocks them, so they must be shut down before this process exits.
+    # Workers inherit the mask that blocks them, so the generator must be closed, which shuts them down.
     if workers:
         resource_tracker.ensure_running()  # before the mask is set: starting it unblocks some signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        iterator = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    shut_down = iterator._shutdown_workers if workers else tuple
-    atexit.register(shut_down)
+    iterator = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
@@ -397,8 +382,8 @@ def read_batches(dataset, workers, device, **sampling):
         remedy = "if memory or /dev/shm is full, use fewer --workers or, in Docker, --ipc=host"
         fail(f"cannot read the images: {reason}; {remedy}")
     finally:
-        atexit.unregister(shut_down)
-        shut_down()
+        if workers:
+            iterator._shutdown_workers()
 
 
 def to_device(batch, device):
@@ -433,12 +418,9 @@ def constants(device):
 
 def jitter_steps(draws, c):
     """The color jitter from what was drawn for V views [11, V] and the constants: four operations
-    x -> M x + b + f mean(x), in a different order for each view.
-
-    Returns M [V, 4, 3, 3], b [V, 4, 1, 1], f [V, 4, 1, 1]. Brightness is added, contrast scales about the
-    channel mean, saturation scales about gray, and hue rotates by a part of the circle. Saturation and hue
-    are linear in YIQ. One view in five is unchanged.
-    """
+    x -> M x + b + f mean(x), in a different order for each view. Brightness is added, contrast scales about
+    the channel mean, saturation scales about gray, and hue rotates by a part of the circle in YIQ. One view
+    in five is unchanged. Returns M [V, 4, 3, 3], b [V, 4, 1, 1], f [V, 4, 1, 1]."""
     contrast, saturation, hue, brightness = draws[:4, :, None, None]  # V,1,1
     angle, (fixed, turned, across) = hue * 2 * math.pi, c["rotation"]
     matrices = {  # of the operations that are not the identity, V,3,3
@@ -454,11 +436,11 @@ def jitter_steps(draws, c):
     return matrix, (order == 0) * brightness[:, None], (order == 1) * (1 - contrast[:, None])
 
 
-def mix(matrix, x, out):
+def mix(matrix, x):
     """Mix the colors of all pixels [V, 3, ss] with a matrix for each view [V, 3, 3]."""
     if torch.compiler.is_compiling():  # a sum becomes part of the kernel around it
         return sum(matrix[:, :, k : k + 1] * x[:, k : k + 1] for k in range(3))
-    return torch.bmm(matrix, x, out=out)
+    return matrix @ x
 
 
 def blur(x, chosen, sigma):
@@ -503,13 +485,11 @@ def change_colors(views, draws, chosen, c):
     draws = torch.addcmul(c["low"][:, None], draws, (c["high"] - c["low"])[:, None])
     matrix, shift, of_mean = jitter_steps(draws, c)
     # Pixels are flattened: every operation is a 3x3 matrix product over the colors of all pixels of a view.
-    # Two arrays take turns as input and output, because fresh memory takes longer than the arithmetic.
     x = views.flatten(2).float().div_(255)  # V,3,ss
-    spare = torch.empty_like(x)
     for k in range(4):
         bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
-        x, spare = mix(matrix[:, k], x, spare).add_(bias).clamp_(0, 1), x
-    x = mix(torch.where(draws[9, :, None, None] < 0.2, c["gray"], c["same"]), x, spare).view(views.shape)
+        x = mix(matrix[:, k], x).add_(bias).clamp_(0, 1)
+    x = mix(torch.where(draws[9, :, None, None] < 0.2, c["gray"], c["same"]), x).view(views.shape)
     for name, those in chosen.items():
         x = OPERATIONS[name](x, those, draws[10, :, None])
     return x.sub_(c["mean"][:, None, None]).div_(c["std"][:, None, None])
@@ -538,9 +518,7 @@ def to_views(batch, args, random_colors=True):
     views = {}
     for kind, chances in COLORS.items():
         x = batch[kind]  # B,3,s,s; the focal queries: B,F,3,s,s
-        # With --compile, operations of probability 0 stay, so that reference and query share one graph.
-        chances = {k: chances.get(k, 0.0) for k in OPERATIONS if args.blur or k != "blur"}
-        chances = {k: p for k, p in chances.items() if p or args.compile}
+        chances = {k: p for k, p in chances.items() if args.blur or k != "blur"}
         colored = augment(x.flatten(0, -4), args.compile, **chances) if random_colors else normalize(x)
         views[kind] = colored.view(x.shape)
     # The crop boxes determine where each query patch lies in the reference: the targets of the position loss.
@@ -557,9 +535,9 @@ def to_views(batch, args, random_colors=True):
 
 def build_encoder(args, image_size, **more):
     """The encoder that the settings of either script describe; another backbone is built here. `more` are
-    further arguments of ViT. Raises ValueError if sizes do not fit together. A backbone needs patch_size,
-    grid, dim, heads, mlp_dim and forward(images, keep, position), as loca.ViT; for finetune_seg.py,
-    patch_size, dim and forward(images)."""
+    further arguments of ViT. Raises ValueError if sizes do not fit together. Pretraining needs patch_size,
+    grid, dim, heads, mlp_dim, forward(images, keep, position); fine-tuning patch_size, dim, forward(images).
+    """
     sizes = {name: getattr(args, name) for name in loca.SIZES["B/16"]}
     return loca.ViT(image_size, **sizes, drop_path=args.drop_path, **more)
 
@@ -617,18 +595,18 @@ def init_head(head, weights, prefix):
     return "loaded" + (f", except {' and '.join(fresh)}, from scratch" if fresh else "")
 
 
-def init_from(path, model, teacher):
-    """Initialize the student from the file's student and the teacher from its teacher, and say how. The whole
-    encoder is loaded, or the process exits with an error; heads are loaded if they are complete and fit."""
-    for branch, module in (("student", model), ("teacher", teacher)):
-        if module is not None:
-            weights = init_encoder(module.get_submodule("encoder"), path, branch)
-            for name, head in module.named_children():
-                if name != "encoder":
-                    say(f"--init {path}: {branch}'s {name} {init_head(head, weights, f'{name}.')}")
+def init_from(path, networks):
+    """Initialize the model and the teacher, if any, from the file's student and teacher, and say how. The
+    whole encoder must fit; heads are loaded if they are complete and fit."""
+    for name, module in networks.items():
+        branch = "student" if name == "model" else "teacher"
+        weights = init_encoder(module.get_submodule("encoder"), path, branch)
+        for part, head in module.named_children():
+            if part != "encoder":
+                say(f"--init {path}: {branch}'s {part} {init_head(head, weights, f'{part}.')}")
 
 
-def compile_parts(model, teacher):
+def compile_parts(model, networks):
     """Compile the parts of a step instead of the whole model: all blocks share one graph for each number of
     tokens, and the large arrays of the feature loss are fused. Exits with an error without a compiler."""
     try:
@@ -637,13 +615,12 @@ def compile_parts(model, teacher):
         reason = (str(error) or repr(error)).splitlines()[0]
         fail(f"--compile needs a C++ compiler such as g++ and, on GPUs, Triton: {reason}")
     torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
-    encoders = [part.encoder for part in (model, teacher) if part is not None]
+    encoders = [network.get_submodule("encoder") for network in networks.values()]
     blocks = [block for encoder in encoders for block in getattr(encoder, "blocks", ())]
     for module in (model.predictor, *blocks):
         module.compile(dynamic=False)
-    if model.head is not None:
-        model.assign_clusters = torch.compile(model.assign_clusters, dynamic=False)
-        model.compare_clusters = torch.compile(model.compare_clusters, dynamic=False)
+    model.assign_clusters = torch.compile(model.assign_clusters, dynamic=False)
+    model.compare_clusters = torch.compile(model.compare_clusters, dynamic=False)
 
 
 def weight_decay_groups(model, weight_decay):
@@ -707,8 +684,7 @@ def init_distributed(name=None):
     launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and of mpirun
     if "RANK" not in os.environ and any(int(os.environ.get(variable, "1")) > 1 for variable in launchers):
         fail("srun or mpirun alone is not enough: use srun --ntasks-per-node=1 torchrun ..., see README")
-    mps = torch.backends.mps.is_available()
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
         (torch.ones(1, device=device) + 1).item()  # not every card has its kernels in every build of PyTorch
@@ -718,9 +694,9 @@ def init_distributed(name=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if world_size > 1 and not dist.is_initialized():
-        store, on_gpu = join_store(rank, world_size), device.type == "cuda"
-        place = {"store": store, "rank": rank, "world_size": world_size, "timeout": timedelta(minutes=10)}
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **place)
+        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        place = {"store": join_store(rank, world_size), "rank": rank, "world_size": world_size}
+        dist.init_process_group(**backend, **place, timeout=timedelta(minutes=10))
     return rank, world_size, device
 
 
@@ -752,16 +728,15 @@ def show(text, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def say(text):
+def say(text, stream=None):
     """Print in the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
-        show(text)
+        show(text, stream)
 
 
 def fail_together(text):
     """Exit in all processes. The first prints the line before any exits: then torchrun ends the others."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        show(f"error: {text}", sys.stderr)
+    say(f"error: {text}", sys.stderr)
     end_processes()
     sys.exit(1)
 
@@ -789,33 +764,31 @@ def total(values, device):
     return loca.sum_over_processes(torch.as_tensor(values, device=device)).tolist()
 
 
-def gather(value, world_size):
+def gather(value):
     """The value of each process: a list in the order of the ranks."""
-    values = [value] * world_size
-    if world_size > 1:
+    values = [value] * loca.world_size()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the context, the stop signals request a stop: the loop saves and exits. Another signal more than
-    one second later ends the process at once; before that, it counts as the same request, because schedulers
-    and torchrun both send one. Signals that are ignored (nohup) stay ignored. The handlers are restored
-    afterward, and left alone outside the main thread, where Python cannot set them."""
-    stop = SimpleNamespace(signal=None)
+    """Within the context, the stop signals request a stop: the loop saves and exits. Yields a list, which is
+    empty until then. Another signal more than one second later ends the process at once; before that, it
+    counts as the same request, because schedulers and torchrun both send one. Signals that are ignored
+    (nohup) stay ignored. The handlers are restored afterward."""
+    stop = []
 
     def ask(number, frame):
-        if stop.signal is None:
-            stop.signal, stop.time = number, time.monotonic()
-        elif time.monotonic() > stop.time + 1:
+        if not stop:
+            stop.append(time.monotonic())
+        elif time.monotonic() > stop[0] + 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    handlers = {}
-    with contextlib.suppress(ValueError):  # not the main thread
-        caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        handlers = {number: signal.signal(number, ask) for number in caught}
+    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, ask) for number in caught}
     try:
         yield stop
     finally:
@@ -827,11 +800,10 @@ def catch_signals():
 
 
 class Meter:
-    """Means of named scalars since the last log line, summed on the device: the host waits only when they are
-    read."""
+    """Means of named scalars since the last log line. The host waits for the device only to read them."""
 
-    def __init__(self, device, world_size):
-        self.device, self.world_size, self.unreadable, self.seen = device, world_size, set(), 0
+    def __init__(self, device):
+        self.device, self.unreadable, self.seen = device, set(), 0
         self.reset()
 
     def reset(self):
@@ -860,7 +832,7 @@ class Meter:
 
     def read(self, micro_batch):
         """Means over processes and micro-batches (of the given size), images per second, share of waiting."""
-        means = total(self.sums / (self.count * self.world_size), self.device)
+        means = total(self.sums / (self.count * loca.world_size()), self.device)
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * micro_batch / seconds, self.waited / seconds
         record = dict(zip(self.names, means)) | {"images_per_second": speed, "waiting": waiting}
@@ -869,8 +841,7 @@ class Meter:
 
 
 def check_finite(record, done):
-    """Exit in all processes if the loss or its gradient was not finite since the last log line. Nothing has
-    been saved since then."""
+    """Exit in all processes, before anything is saved, if the loss or its gradient was not finite."""
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = f"the loss or its gradient was not finite in the steps up to {done} ({values})"
@@ -897,10 +868,8 @@ class Log:
                 warn_once(f"{self.path}: damaged lines are dropped")
         write_file(self.path, lambda file: file.writelines(kept))
         if tensorboard:
-            import_optional("tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder, purge_step=step + 1)
+            board = import_optional("torch.utils.tensorboard")
+            self.board = board.SummaryWriter(folder, purge_step=step + 1)
 
     def write(self, record):
         try:
@@ -937,41 +906,36 @@ def write_json(path, content):
 
 def save_checkpoint(path, args, step, modules, **more):
     """Write the states of `modules` (by name), the settings and the step."""
-    state = {name: module.state_dict() for name, module in modules.items() if module is not None}
+    state = {name: module.state_dict() for name, module in modules.items()}
     write_file(path, lambda file: torch.save({**state, "settings": vars(args), "step": step, **more}, file))
 
 
-def load_checkpoint(path, args, may_change, defaults, images, modules, world_size):
+def load_checkpoint(path, args, may_change, defaults, images, modules):
     """Resume: load the states of `modules` from a checkpoint -> its contents, or None if there is no such
-    file. Exits with an error if it is damaged or of another run; prints which settings have changed.
-
-    may_change: names of the settings that may differ from those of the checkpoint. defaults: of all flags; a
-    setting that the checkpoint does not know had its default. images: the result of `identify`.
-    """
+    file. Exits with an error if it is damaged or of another run; prints which flags have changed. may_change:
+    names of the flags that may differ from those of the checkpoint. defaults: of all flags; a flag that the
+    checkpoint does not know had its default. images: the result of `identify`."""
     saved = None
     if os.path.exists(path):
         try:
             saved = loca.read_torch_file(path)
-            old, new = {**defaults, **saved["settings"]}, {**defaults, **vars(args)}
+            old, new = {**defaults, **saved["settings"]}, vars(args)
         except (ValueError, KeyError, TypeError) as error:
             reason = error if isinstance(error, ValueError) else "it is not a checkpoint of this script"
             fail(f"cannot resume from {path}: {reason}; remove it, or use another --out")
-        # Compare the settings: some may change; changing the others would make it a different run.
-        changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
-        names = {key: flag(key) if key in defaults else key for key in changed}
-        wrong = [f"{names[key]} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
+        # Some flags may change; changing the others would make it a different run.
+        changed = sorted(key for key in defaults if old[key] != new[key])
+        wrong = [f"{flag(key)} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
         if saved.get("images", images) != images:
             wrong.append(f"{saved['images']}, not {images}")
         if wrong:
             fail(f"{path} was saved with {wrong[0]}; change it back or use a new --out")
         for key in changed:
-            if key in defaults and key != "out":  # others follow from flags
-                say(f"resuming with {flag(key)} {new[key]} (was {old[key]})")
+            say(f"resuming with {flag(key)} {new[key]} (was {old[key]})")
         for name, module in modules.items():
-            if module is not None:
-                module.load_state_dict(saved.pop(name))  # frees the memory
+            module.load_state_dict(saved.pop(name))  # frees the memory
         say(f"resuming from {path} at step {saved['step']}")
-    if len(set(gather(saved and saved["step"], world_size))) > 1:
+    if len(set(gather(saved and saved["step"]))) > 1:
         fail(f"--out {path.parent}: the processes see different checkpoints; machines must share this folder")
     return saved
 
@@ -979,112 +943,94 @@ def load_checkpoint(path, args, may_change, defaults, images, modules, world_siz
 # ------------------------------------------------------------------------------- held-out metrics and picture
 
 
-def held_out_batches(views, args, device, indices):
-    """Yield batches of at most 32 held-out images, on the CPU as read and on the device as the model gets
-    them, with the same views and masks at each evaluation. views: the function that reads Views by key."""
-    for start in range(0, len(indices), 32):
-        seed_all(args.seed, start)
-        batch = default_collate([views((2**31, i)) for i in indices[start : start + 32]])  # no real epoch
-        yield batch, to_views(to_device(batch, device), args, random_colors=False)
-
-
 @torch.no_grad()
-def evaluate(model, teacher, views, args, world_size, device, indices):
-    """Means over held-out images of what LOCA returns -> dict of floats. indices: this process's images; all
-    processes must have equally many. Stochastic depth is off."""
-    both, sums = nn.ModuleList(part for part in (model, teacher) if part is not None).eval(), 0.0
-    for _, batch in held_out_batches(views, args, device, indices):
+def evaluate(model, teacher, read, args, device, indices):
+    """Means over held-out images of what LOCA returns -> dict of floats. read: returns an item of Views by
+    index. indices: this process's images; all processes must have equally many."""
+    sums = 0.0
+    for start in range(0, len(indices), 32):
+        seed_all(args.seed, start)  # the same masks at each evaluation
+        batch = to_device(default_collate([read(i) for i in indices[start : start + 32]]), device)
+        views = to_views(batch, args, random_colors=False)
         with autocast(args.precision, device):
-            losses = model(batch, teacher)
-        sums = sums + len(batch["focal"]) * torch.stack([value.float() for value in losses.values()])
-    both.train()
-    means = total(sums / (len(indices) * world_size), device)
-    return {f"val_{name}": mean for name, mean in zip(losses, means)}
+            losses = model(views, teacher)
+        sums = sums + len(views["focal"]) * torch.stack([value.float() for value in losses.values()])
+    means = total(sums / (len(indices) * loca.world_size()), device)
+    return dict(zip(losses, means))
 
 
-def chance_levels(model):
-    """The values in LOCA's dict for a model that has learned nothing, where they are known. Losses of weight
-    0 are left out."""
+def with_chance(values, model, args):
+    """What LOCA returns as text, each value beside that of a model that has learned nothing, if known. Losses
+    of weight 0 are left out."""
+    values = {k: x for k, x in values.items() if getattr(model, k.replace("_loss", "_weight"), 1)}
     cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
-    levels = {
+    chances = {
+        "position_loss": math.log(model.positions),
         "position_accuracy": 1 / model.positions,
         "position_distance": torch.cdist(cells, cells).mean().item(),
+        "cross_entropy": math.log(args.prototypes),
     }
-    if model.position_weight:
-        levels["position_loss"] = math.log(model.positions)
-    if model.head is not None:
-        levels["cross_entropy"] = math.log(model.head.prototypes.out_features)
-    return levels
-
-
-def terms(record, model, chances):
-    """The entries of LOCA's dict in a record as text, each beside its chance level if it has one. Losses of
-    weight 0 are left out."""
-    names = {key: key.removeprefix("val_") for key in record}
-    shown = [key for key, name in names.items() if getattr(model, name.replace("_loss", "_weight"), 1)]
-    chance = {key: f" (chance {chances[name]:.3g})" for key, name in names.items() if name in chances}
-    return " | ".join(f"{key} {record[key]:.3g}{chance.get(key, '')}" for key in shown)
+    chance = {name: f" (chance {level:.3g})" for name, level in chances.items()}
+    return " | ".join(f"{name} {value:.3g}{chance.get(name, '')}" for name, value in values.items())
 
 
 def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
     """One image as a puzzle, a list of four pictures: the reference with the query's outline, the query, and
-    its patches on the dimmed reference, first where they belong, then where the model puts them.
-
-    reference, query: square pictures of one size. boxes: of both, in pixels of the image. flipped: whether
-    the query is mirrored. targets, predicted: reference positions of its patches [N]; -1 is left out.
-    """
-    side, grid = reference.width, math.isqrt(len(targets))
+    its patches on the dimmed reference, first where they belong, then where the model puts them. reference,
+    query: square pictures of one size. boxes: of both, in pixels of the image. flipped: whether the query is
+    mirrored. targets, predicted: reference positions of its patches [grid, grid]; -1: not drawn."""
+    side, grid = reference.width, len(targets)
     (top, left, height, width), (y, x, h, w) = boxes
     # The query's box, in pixels of the drawn reference.
     x, w = round((x - left) * side / width), max(1, round(w * side / width))
     y, h = round((y - top) * side / height), max(1, round(h * side / height))
     outlined, dimmed = reference.copy(), Image.blend(reference, Image.new("RGB", (side, side), "white"), 0.75)
     ImageDraw.Draw(outlined).rectangle((x, y, x + w - 1, y + h - 1), outline="red", width=3)
-    upright = (ImageOps.mirror(query) if flipped else query).resize((w, h), Image.BICUBIC)
     pictures = [outlined, query, dimmed, dimmed.copy()]
+    if flipped:
+        query, targets, predicted = ImageOps.mirror(query), np.fliplr(targets), np.fliplr(predicted)
+    query = query.resize((w, h), Image.BICUBIC)
     for picture, positions in zip(pictures[2:], (targets, predicted)):
-        for k, (target, position) in enumerate(zip(targets, positions)):
-            row, column = k // grid, grid - 1 - k % grid if flipped else k % grid
+        for row, column in np.argwhere(targets >= 0).tolist():
+            target, position = targets[row, column], positions[row, column]
             part = [column * w // grid, row * h // grid, (column + 1) * w // grid, (row + 1) * h // grid]
             # Each patch is drawn at its true place, shifted by the prediction error.
             right, down = position % grid - target % grid, position // grid - target // grid
-            if target >= 0:
-                place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
-                picture.paste(upright.crop(part), place)
+            place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
+            picture.paste(query.crop(part), place)
     return pictures
 
 
 @torch.no_grad()
-def draw_predictions(model, teacher, views, args, device, indices, side=160):
+def draw_predictions(model, teacher, read, args, device, indices, side=160):
     """Draw held-out images as puzzles, one a row. All patches of the random query are placed."""
-    both = nn.ModuleList(part for part in (model, teacher) if part is not None).eval()
-    read, batch = next(held_out_batches(views, args, device, indices))
-    tokens = teacher.encoder(batch["reference"]) if model.needs_teacher else None  # B,N,D
+    seed_all(args.seed, 0)
+    batch = default_collate([read(i) for i in indices])
+    views = to_views(to_device(batch, device), args, random_colors=False)
+    tokens = teacher.encoder(views["reference"]) if model.needs_teacher else None  # B,N,D
     visible = loca.MASKING[model.masking](*model.encoder.grid, model.visible_tokens, device)
-    context = model.encode_context(batch["reference"], tokens, visible)
-    batch["focal"] = batch["focal"][:, :0]
-    queries, targets = model.encode_queries(batch, torch.arange(model.positions, device=device))
+    context = model.encode_context(views["reference"], tokens, visible)
+    views["focal"] = views["focal"][:, :0]
+    queries, targets = model.encode_queries(views, torch.arange(model.positions, device=device))
     predicted = model.predictor(queries, context).argmax(-1)  # B,N
-    both.train()
+    targets, predicted = (x.unflatten(1, model.encoder.grid).cpu().numpy() for x in (targets, predicted))
 
     cell, header = side + 6, 18
     sheet = Image.new("RGB", (4 * cell, header + len(targets) * cell), "white")
     for k, title in enumerate(("reference (red: query)", "query", "true placement", "predicted placement")):
         ImageDraw.Draw(sheet).text((k * cell + 2, 0), title, fill="black", font=ImageFont.load_default(13))
     for i in range(len(targets)):
-        crops = (read[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
+        crops = (batch[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
         pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in crops]
-        boxes, flipped = read["boxes"][i, :2].tolist(), bool(read["flips"][i, 1])
-        puzzle = draw_puzzle(*pictures, boxes, flipped, targets[i].tolist(), predicted[i].tolist())
-        for k, picture in enumerate(puzzle):
+        boxes, flipped = batch["boxes"][i, :2].tolist(), bool(batch["flips"][i, 1])
+        for k, picture in enumerate(draw_puzzle(*pictures, boxes, flipped, targets[i], predicted[i])):
             sheet.paste(picture, (k * cell, header + i * cell))
     return sheet
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
-NOT_IN_OLD_CHECKPOINTS = {"decode_size": 0}  # what earlier versions did, without a setting
-MAY_CHANGE = {  # settings that a resumed run may change
+MAY_CHANGE = {  # flags that a resumed run may change
     "data", "val", "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes",
     "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr", "warmup_epochs", "clip",
 }  # fmt: skip
@@ -1100,7 +1046,7 @@ def main(args, images=None):
 
     # ---- data: which images a step sees depends on (seed, step) alone ----
     train_images, val_images = images or open_images(args)
-    identity = identify(train_images, val_images, world_size)
+    identity = identify(train_images, val_images)
     steps_per_epoch = len(train_images) // args.batch
     if steps_per_epoch == 0:
         fail(f"{len(train_images)} training images are too few: use --batch {len(train_images)} or less")
@@ -1114,26 +1060,24 @@ def main(args, images=None):
     with explain_out_of_memory("a smaller --model, or free memory on the device"):
         model = build_model(args).to(device)
         teacher = loca.make_teacher(model) if model.needs_teacher else None
+    networks = nn.ModuleDict({"model": model} if teacher is None else {"model": model, "teacher": teacher})
     if args.init:
-        init_from(args.init, model, teacher)
+        init_from(args.init, networks)
     optimizer = OPTIMIZERS[args.optimizer](weight_decay_groups(model, args.weight_decay), lr=peak_lr)
 
     # ---- resume: the same command continues the run in --out ----
-    modules = {"model": model, "teacher": teacher, "optimizer": optimizer}
-    defaults = vars(make_parser().parse_args([])) | NOT_IN_OLD_CHECKPOINTS
-    saved = load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules, world_size)
-    start_step, accuracy = (saved["step"], saved.get("accuracy")) if saved else (0, None)
+    modules = {**networks, "optimizer": optimizer}
+    defaults = vars(make_parser().parse_args([])) | {"decode_size": 0}  # as in versions without this flag
+    saved = load_checkpoint(out / "last.pt", args, MAY_CHANGE, defaults, identity, modules)
+    start_step = saved["step"] if saved else 0
     if start_step >= total_steps:
         say("note: this run is already finished; use a new --out for a new run")
     if args.compile:
-        compile_parts(model, teacher)
-    static = args.accumulate == 1  # otherwise some micro-batches run without communication
-    ddp = {"gradient_as_bucket_view": True, "static_graph": static}
-    net = DistributedDataParallel(model, **ddp) if world_size > 1 else model
+        compile_parts(model, networks)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
-    chances = chance_levels(model)  # printed beside what is measured, to show whether the model is learning
-    meter, log = Meter(device, world_size), Log(out, start_step, args.tensorboard) if rank == 0 else None
+    meter, log = Meter(device), Log(out, start_step, args.tensorboard) if rank == 0 else None
     if rank == 0:
         write_json(out / "settings.json", vars(args))
     per_device = args.batch // world_size // args.accumulate
@@ -1146,13 +1090,14 @@ def main(args, images=None):
     )
     if (args.data or images) and len(train_images) < 20000 and not (args.small or args.init):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
-    saved_at = time.monotonic()
-    held_out = functools.lru_cache(500)(Views(val_images, args).__getitem__)  # decoded and cropped only once
+    saved_at, figures = time.monotonic(), {}
+    val_views = Views(val_images, args)
+    held_out = functools.lru_cache(500)(lambda i: val_views[2**31, i])  # read once; 2**31 is no real epoch
     mine = range(len(val_images))[rank::world_size][: len(val_images) // world_size]  # for this process
 
     # ---- loop ----
-    steps, parts = (start_step, total_steps), (rank, world_size, args.accumulate)
-    keys = step_keys(len(train_images), args.batch, args.seed, *steps, *parts)
+    shares = (rank, world_size, args.accumulate)
+    keys = step_keys(len(train_images), args.batch, args.seed, start_step, total_steps, *shares)
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
     remedies = f"--accumulate {8 * args.accumulate} or --grad-checkpoint (now {per_device} images per device)"
     with explain_out_of_memory(remedies), contextlib.closing(batches), catch_signals() as stop:
@@ -1185,33 +1130,35 @@ def main(args, images=None):
             epoch, into_epoch = divmod(done, steps_per_epoch)
             evaluate_now = done == total_steps or (into_epoch == 0 and epoch % args.val_every == 0)
             keep_now = args.keep and into_epoch == 0 and epoch % args.keep == 0
-            alone = world_size == 1 and stop.signal is not None  # several processes agree only at log lines
+            alone = stop and world_size == 1  # several processes agree only at log lines
             if not (evaluate_now or keep_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             record |= {"lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory(device)}
             check_finite(record, done)
-            stopping = done < total_steps and total([float(stop.signal is not None)], device)[0] > 0
+            stopping = done < total_steps and total([float(bool(stop))], device)[0] > 0
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
+            measured = with_chance({name: record[name] for name in losses}, model, args)
             say(
-                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | "
-                f"{terms({name: record[name] for name in losses}, model, chances)} | lr {record['lr']:.1e} | "
-                f"{record['images_per_second']:.1f} img/s | waiting for data {record['waiting']:.0%} | "
-                f"{record['memory_gib']:.1f} GiB | {timedelta(seconds=round(seconds_left))} left"
+                f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {measured} | "
+                f"lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for data "
+                f"{record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | "
+                f"{timedelta(seconds=round(seconds_left))} left"
             )
             if evaluate_now and mine and not stopping:
+                networks.eval()  # without stochastic depth
                 with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
-                    figures = evaluate(model, teacher, held_out, args, world_size, device, mine)
-                record, accuracy = record | figures, figures["val_position_accuracy"]
-                say(f"held out | {terms(figures, model, chances)}")
+                    figures = evaluate(model, teacher, held_out, args, device, mine)
+                networks.train()
+                record |= {f"val_{name}": value for name, value in figures.items()}
+                say(f"held out | {with_chance(figures, model, args)}")
                 meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
-                more = {"images": identity, "accuracy": accuracy}
                 if keep_now:
-                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, **more)
+                    save_checkpoint(out / f"epoch_{epoch:04d}.pt", args, done, modules, images=identity)
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
-                    save_checkpoint(out / "last.pt", args, done, modules, **more)
+                    save_checkpoint(out / "last.pt", args, done, modules, images=identity)
                     encoder = (model if teacher is None else teacher).encoder.state_dict()
                     write_file(out / "encoder.pt", lambda file: torch.save(encoder, file))
                     saved_at = time.monotonic()
@@ -1226,10 +1173,12 @@ def main(args, images=None):
     if rank == 0 and len(val_images) and not args.single_image:
         files += ", predictions.png"
         shown = np.unique(np.linspace(0, len(val_images) - 1, 5).astype(int)).tolist()  # evenly spaced
+        networks.eval()
         with torch.compiler.set_stance("force_eager"):
             picture = draw_predictions(model, teacher, held_out, args, device, shown)
         write_file(out / "predictions.png", lambda file: picture.save(file, "PNG"))
-    if accuracy is not None:
+    if figures:
+        accuracy = figures["position_accuracy"]
         say(f"held-out position accuracy {accuracy:.2%}, {accuracy * model.positions:.1f} times chance")
     say(f"{out}: {files}")
     flags = f"{' --data NAME:DIR' if args.data or images else ''} --init {out}/last.pt"
@@ -1370,8 +1319,7 @@ def settle_batch(args, parser):
     """Check that the batch can be divided among processes and micro-batches, and choose --workers."""
     shares = int(os.environ.get("WORLD_SIZE", "1")) * args.accumulate
     if args.batch % shares:
-        near, shares = max(1, round(args.batch / shares)) * shares, f"{shares} (processes x --accumulate)"
-        parser.error(f"--batch {args.batch} is not a multiple of {shares}: try {near}")
+        parser.error(f"--batch {args.batch}: use multiples of processes x --accumulate, {shares}")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -1383,29 +1331,24 @@ def parse_args(arguments=None, own_images=False):
     parser = make_parser()
     given = parser.parse_args(arguments, argparse.Namespace(epochs=None))  # None unless --epochs is given
     scenes = given.data is None and not own_images
-    preset = SMALL_PRESET if given.small else SCENES_PRESET if scenes else {}
-    preset = {**loca.SIZES["B/16"], **preset}
+    preset = loca.SIZES["B/16"] | (SMALL_PRESET if given.small else SCENES_PRESET if scenes else {})
+    if given.epochs:  # it overrides the steps of a preset
+        preset["steps"] = None
     if given.init:  # its sizes are the defaults
         try:
             sizes = loca.load_weights(given.init).sizes
         except (OSError, ValueError, ImportError) as error:
             parser.error(f"--init {given.init}: {error}")
         preset |= {key: sizes[key] for key in loca.SIZES["B/16"]}
-    parser.set_defaults(**{**preset, **loca.SIZES.get(given.model, {})})
-    if given.epochs:  # it overrides the steps of a preset
-        parser.set_defaults(steps=None)
-    args = parser.parse_args(arguments)
+    preset |= loca.SIZES.get(given.model, {})
+    args = parser.parse_args(arguments, argparse.Namespace(**preset))  # flags override these values
     if args.val and not args.data:
         parser.error("--val needs --data")
     settle_batch(args, parser)
     for name in ("image_size", "focal_size"):
         size, patch = getattr(args, name), args.patch_size
         if size % patch:
-            nearest = max(1, round(size / patch)) * patch
-            parser.error(f"{flag(name)} {size} is not a multiple of the patch size {patch}: try {nearest}")
-    for name in ("large_area", "focal_area"):
-        if getattr(args, name)[0] > getattr(args, name)[1]:
-            parser.error(f"{flag(name)}: the first value must not exceed the second")
+            parser.error(f"{flag(name)} {size}: use multiples of the patch size, {patch}")
     if not args.position_weight and (args.single_image or not args.feature_weight):
         parser.error("--position-weight 0 without the feature loss leaves no loss to train")
     try:

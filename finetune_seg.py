@@ -1274,6 +1274,8 @@ def settings_of_checkpoint(path, given, parser):
     if not isinstance(content, dict) or "classes" not in content:
         parser.error(f"--checkpoint {path}: it is not a checkpoint of this script")
     saved = vars(parser.parse_args([])) | content["settings"]  # unknown settings had their default
+    if saved["decoder"] not in DECODERS:
+        parser.error(f"--checkpoint {path}: its decoder {saved['decoder']} is not in DECODERS")
     keys = [*OF_MODEL] if given.data else [*OF_MODEL, "data", "pairs"]
     if not given.data or given.data.startswith(f"{saved['name']}:"):
         keys += ["base_size", "window", "stride"]

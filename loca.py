@@ -619,7 +619,7 @@ def load_encoder(encoder, state):
     token, patches = state["pos_embed"].tensor_split([int("cls_token" in state)], dim=1)
     if grid != encoder.grid:
         patches = resize_position_embedding(patches.float(), grid, encoder.grid)
-    if encoder.cls_token is None:
+    if getattr(encoder, "cls_token", None) is None:
         state.pop("cls_token", None)
         token = token[:, :0]
     state["pos_embed"] = torch.cat([token, patches], dim=1)

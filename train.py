@@ -572,7 +572,7 @@ def init_encoder(encoder, path, branch):
     if grid != encoder.grid:
         notes += "; position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid)
     if sizes["class_token"]:
-        notes += f"; class token {'dropped' if encoder.cls_token is None else 'kept'}"
+        notes += f"; class token {'kept' if 'cls_token' in encoder.state_dict() else 'dropped'}"
     if weights.heads_assumed:
         notes += f"; heads assumed: {encoder.heads}; set --heads to change it"
     say(f"--init {path}: {notes}")

@@ -50,7 +50,8 @@ def import_optional(name):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        fail(f"this needs the package {error.name}: pip install {error.name}")
+        package = error.name or name.rpartition(".")[2]
+        fail(f"this needs the package {package}: pip install {package}")
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -285,7 +286,7 @@ def random_box(height, width, area, rng):
     """A random crop of an image, (top, left, height, width): its share of the area is drawn from `area`, its
     aspect ratio from 0.75..1.33; the whole image after 100 failed tries (released pipeline)."""
     for _ in range(100):
-        pixels, ratio = rng.uniform(*sorted(area)) * height * width, rng.uniform(0.75, 1.33)
+        pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(0.75, 1.33)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
@@ -901,6 +902,7 @@ def write_file(path, write):
 
 
 def write_json(path, content):
+    """Write a JSON file; it is always complete, as with write_file."""
     write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
@@ -959,15 +961,21 @@ def evaluate(model, teacher, read, args, device, indices):
     return dict(zip(losses, means))
 
 
+@functools.cache
+def random_distance(grid):
+    """Mean error of a random guess: distance in patches between two positions of a grid (rows, columns)."""
+    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
+    return torch.cdist(cells, cells).mean().item()
+
+
 def with_chance(values, model, args):
     """What LOCA returns as text, each value beside that of a model that has learned nothing, if known. Losses
     of weight 0 are left out."""
     values = {k: x for k, x in values.items() if getattr(model, k.replace("_loss", "_weight"), 1)}
-    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
     chances = {
         "position_loss": math.log(model.positions),
         "position_accuracy": 1 / model.positions,
-        "position_distance": torch.cdist(cells, cells).mean().item(),
+        "position_distance": random_distance(tuple(model.encoder.grid)),
         "cross_entropy": math.log(args.prototypes),
     }
     chance = {name: f" (chance {level:.3g})" for name, level in chances.items()}
@@ -1349,6 +1357,7 @@ def parse_args(arguments=None, own_images=False):
         size, patch = getattr(args, name), args.patch_size
         if size % patch:
             parser.error(f"{flag(name)} {size}: use multiples of the patch size, {patch}")
+    args.large_area, args.focal_area = sorted(args.large_area), sorted(args.focal_area)
     if not args.position_weight and (args.single_image or not args.feature_weight):
         parser.error("--position-weight 0 without the feature loss leaves no loss to train")
     try:

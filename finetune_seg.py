@@ -11,6 +11,7 @@ import contextlib
 import functools
 import glob
 import itertools
+import json
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
+from torchvision.datasets import Cityscapes
 
 import loca
 import train
@@ -118,12 +120,10 @@ bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog,
 grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock,
 sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window,
 wood""")
-CITYSCAPES = names_of("""road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain,
-sky, person, rider, car, truck, bus, train, motorcycle, bicycle""")
-CITYSCAPES_COLORS = dict(zip(colors_of("""804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4
-dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20"""), range(19)))
-CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED)
-CITYSCAPES_IDS |= dict(zip((7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33), range(19)))
+CITYSCAPES_LIST = [x for x in Cityscapes.classes if 0 <= x.train_id < 19]  # torchvision's, in training order
+CITYSCAPES = tuple(x.name for x in CITYSCAPES_LIST)
+CITYSCAPES_COLORS = {x.color: x.train_id for x in CITYSCAPES_LIST}
+CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED) | {x.id: x.train_id for x in CITYSCAPES_LIST}
 CAMVID = names_of("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
 CAMVID_COLORS = {  # the 32 original colors, grouped as in SegNet
     0: colors_of("808080"),
@@ -263,10 +263,7 @@ def find_pairs(name, folder, split, patterns=None):
     """(image file, mask file) pairs of a split, in name order; `patterns` of --pairs replace the layouts.
     Exits with an error if files are missing."""
     data, layouts = DATASETS[name], [patterns] if patterns else DATASETS[name].layouts
-
-    def refuse(text):
-        fail(f"--data {name}:{folder}: {text}; {what_is_there(folder)}")
-
+    where = f"--data {name}:{folder}"
     # One layout serves all splits: the first one with files of any of them.
     for root, layout in itertools.product(places(data, folder), layouts):
         found = {x: find_split(root, layout, data, x) for x in list(SPLITS)[: len(data.splits)]}
@@ -274,7 +271,7 @@ def find_pairs(name, folder, split, patterns=None):
             break
     else:
         looked = ", ".join(dict.fromkeys(f"{x[0]} with {x[1].split('|')[0]}" for x in layouts))
-        refuse(f"no images with masks; looked for {looked}")
+        fail(f"{where}: no images with masks; looked for {looked}; {what_is_there(folder)}")
     if "{split}" not in str(layout):
         found = {"train": found["train"]}
     held_out = split != "test" and (len(found) == 1 or (name == "folder" and not found["val"][2]))
@@ -283,13 +280,14 @@ def find_pairs(name, folder, split, patterns=None):
     if lacking:
         key = lacking[0]
         first = f"{images[key]} has no mask" if key in images else f"{'/'.join(key)!r} has no image"
-        refuse(f"the {split} split lacks {len(lacking)} files: {first}; looked for {layout[1]}")
+        text = f"the {split} split lacks {len(lacking)} files: {first}; looked for {layout[1]}"
+        fail(f"{where}: {text}; {what_is_there(folder)}")
     pairs = [(images[key], masks[key]) for key in wanted]
     if held_out:
-        train.warn_once(f"--data {name}:{folder}: no validation split, so every fifth image is held out")
+        train.warn_once(f"{where}: no validation split, so every fifth image is held out")
         pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
     if not pairs:
-        refuse(f"no images for the {split} split")
+        fail(f"{where}: no images for the {split} split; {what_is_there(folder)}")
     return pairs
 
 
@@ -446,7 +444,7 @@ class DrawnScenes(Labeled):
         return image.permute(2, 0, 1), labels
 
 
-def check_masks(part, rank, world_size, device):
+def check_masks(part, rank, world_size):
     """Check all masks, divided among the processes, and set part.pixels -> mean short side of images. Exits
     with an error that counts the invalid masks and names one."""
     wrong, nothing = [], np.zeros(256 + 1, np.int64)
@@ -458,18 +456,17 @@ def check_masks(part, rank, world_size, device):
             wrong.append(f"{part.pairs[i][1]}: {error} (image: {part.name(i)})")
             return nothing
 
-    # Every process reads a share of the masks with several threads; the sums are the same in all processes.
     with ThreadPoolExecutor() as pool:
         counts = sum(pool.map(check, range(rank, len(part), world_size)), nothing)
     found = sum(train.gather(wrong), [])
     if found:
-        fail(f"{len(found)} invalid masks, such as {min(found)}")
-    *pixels, short = train.total(counts, device)
+        fail(f"{len(found)} invalid masks, such as {min(found)}", together=True)
+    *pixels, short = sum(train.gather(counts))
     part.pixels = np.array(pixels)
     return short / len(part)
 
 
-def open_data(args, splits, rank, world_size, device, classes=None):
+def open_data(args, splits, rank, world_size, classes=None):
     """The given splits of --data with their masks checked, the class names, and the palette. classes: the
     class names in a checkpoint; the data set must have the same names in the same order."""
     if args.name == "scenes":
@@ -489,13 +486,11 @@ def open_data(args, splits, rank, world_size, device, classes=None):
         pairs = find_pairs(args.name, args.folder, split, args.pairs)
         say(f"{split}: {len(pairs)} images, such as {pairs[0][0]} with {pairs[0][1]}")
         parts[split] = part = Labeled(data, pairs, len(names), palettes)
-        short = check_masks(part, rank, world_size, device)
+        short = check_masks(part, rank, world_size)
         if ignored := part.pixels[ILLEGAL]:
-            percent = f"{ignored / part.pixels.sum():.2%}"
-            say(f"note: {ignored} pixels ({percent}) belong to no class and are ignored")
+            say(f"note: {ignored} pixels ({ignored / part.pixels.sum():.2%}) belong to no class: ignored")
         if args.base_size and short > 2 * args.base_size:
-            shrunk = f"from a short side of {short:.0f} to {args.base_size} pixels"
-            say(f"note: images are downscaled {shrunk}; --base-size 0 prevents this")
+            say(f"note: images are downscaled, short side {short:.0f} -> {args.base_size}; see --base-size")
     if args.name == "folder" and not data.colors:
         inferred = not (data.classes or classes or args.classes)
         used = check_values(parts, inferred)
@@ -664,54 +659,10 @@ class Segmenter(nn.Module):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear")  # B,C,H,W
 
 
-class TimmEncoder(nn.Module):
-    """A timm ViT, 'timm:NAME' (pip install timm): normalized images [B, 3, H, W] -> patch tokens [B, N, D].
-    pretrained: download timm's weights."""
-
-    def __init__(self, name, image_size=224, drop_path=0.0, pretrained=False):
-        super().__init__()
-        create, name = train.import_optional("timm").create_model, name.removeprefix("timm:")
-        sizes = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
-        self.model = create(name, pretrained, num_classes=0, **sizes)
-        self.model.reset_classifier(0, global_pool="")  # remove attention pooling, which is not used here
-        self.dim, self.patch_size = self.model.embed_dim, self.model.patch_embed.feat_ratio()
-        # Models differ in how they normalize pixels: convert this project's normalization to the model's.
-        config = self.model.pretrained_cfg
-        statistics = (train.MEAN, train.STD, config.get("mean", train.MEAN), config.get("std", train.STD))
-        mean, std, own_mean, own_std = (torch.tensor(x)[:, None, None] for x in statistics)
-        self.register_buffer("scale", std / own_std, persistent=False)
-        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
-
-    def forward(self, images):
-        tokens = self.model.forward_features(images * self.scale + self.shift)
-        # fc_norm is the final norm of models that pool their patch tokens; in others it is the identity.
-        return self.model.fc_norm(tokens[:, self.model.num_prefix_tokens :])  # without class, register tokens
-
-
-def build_model(args, classes, pretrained=False):
-    """The Segmenter that the settings describe, on the CPU; pretrained: with timm's weights of --encoder.
-    Raises ValueError for sizes that do not fit together."""
-    if args.encoder:
-        encoder = TimmEncoder(args.encoder, args.crop, args.drop_path, pretrained)
-    else:
-        encoder = train.build_encoder(args, args.crop, class_token=args.class_token)
+def build_model(args, classes):
+    """The Segmenter that the settings describe, on the CPU. Raises ValueError if sizes do not fit together."""
+    encoder = train.build_encoder(args, args.crop, class_token=args.class_token)
     return Segmenter(encoder, classes, args.freeze, args.decoder)
-
-
-def parameter_groups(model, weight_decay, layer_decay):
-    """Parameter groups by learning rate scale and weight decay. The decoder and the last norm have scale 1,
-    each block `layer_decay` times that of the next block; tensors of one dimension have no weight decay."""
-    names = [name for name, _ in model.named_parameters()]
-    blocks = [re.match(r"encoder\.(?:model\.)?blocks\.(\d+)\.", name) for name in names]
-    depth, groups = 1 + max((int(block[1]) for block in blocks if block), default=0), {}
-    for (name, parameter), block in zip(model.named_parameters(), blocks):
-        if parameter.requires_grad:
-            last = re.match(r"decoder\.|encoder\.(model\.)?(fc_)?norm\.", name)
-            layer = depth + 1 if last else int(block[1]) + 1 if block else 0
-            free = parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token"))
-            key = layer_decay ** (depth + 1 - layer), 0.0 if free else weight_decay
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
 
 
 def learning_rate(step, steps, peak, floor=1e-5):
@@ -825,7 +776,6 @@ def evaluate(model, source, args, split, names, rank, world_size, device):
     which classes are in an image from the largest probability of any pixel. Exits with an error if an image
     cannot be read.
     """
-    model.eval()
     classes = len(names)
     matrices = torch.zeros(2, classes, classes, dtype=torch.long, device=device)
     confidence, present = torch.zeros(2, len(source), classes, device=device)
@@ -844,8 +794,7 @@ def evaluate(model, source, args, split, names, rank, world_size, device):
             # Localization alone: the classes in the image are given, and each pixel chooses among them.
             allowed = probabilities.masked_fill(present[i][:, None, None] == 0, -1.0)
             matrices[1] += confusion(truth, allowed.argmax(0), classes)
-    model.train()
-    sums = [np.array(train.total(x, device)) for x in (matrices, confidence, present)]
+    sums = [loca.sum_over_processes(x).cpu().numpy() for x in (matrices, confidence, present)]
     matrices, confidence, present = sums[0], sums[1], sums[2] > 0
     precision = [average_precision(confidence[:, k], present[:, k]) for k in np.flatnonzero(present.any(0))]
     result = {**scores(matrices[0]), "pixels": matrices[0].sum(1)}
@@ -920,7 +869,6 @@ def add_legend(picture, labels, classes, palette):
 
 def draw_sheet(path, model, source, args, device, classes, palette, rows=4, size=(260, 200)):
     """Write a picture of evenly spaced images of a set, one row each: photo, truth and prediction."""
-    model.eval()
     title, font = Image.new("RGB", (3 * size[0], 22), "white"), ImageFont.load_default(14)
     for column, text in enumerate(("photo", "truth (white: ignored)", "prediction")):
         ImageDraw.Draw(title).text((column * size[0] + 4, 3), text, fill="black", font=font)
@@ -932,7 +880,6 @@ def draw_sheet(path, model, source, args, device, classes, palette, rows=4, size
         masks = [ImageOps.pad(paint(x, palette), size, Image.NEAREST, "white") for x in (truth, predicted)]
         sheet.append(np.hstack([ImageOps.pad(photo, size, color="white"), *masks]))
         shown += [truth.numpy().ravel(), predicted.ravel()]
-    model.train()
     picture = add_legend(Image.fromarray(np.vstack(sheet)), np.concatenate(shown), classes, palette)
     train.write_file(path, functools.partial(picture.save, format="PNG"))
 
@@ -955,13 +902,13 @@ def evaluate_only(args):
     model, content = load_segmenter(args, device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
     # The classes and colors are those of the checkpoint, the images those of --data.
-    (source,), _, _ = open_data(args, (args.split,), rank, world_size, device, classes)
+    (source,), _, _ = open_data(args, (args.split,), rank, world_size, classes)
     result = evaluate(model, source, args, args.split, classes, rank, world_size, device)
     report(result)
     say(f"writing {out}/results.json and predictions.png")
     if rank == 0:
         origin = {"checkpoint": args.checkpoint, "step": content["step"]}
-        train.write_json(out / "results.json", {**origin, **result})
+        train.write_file(out / "results.json", json.dumps({**origin, **result}, indent=1).encode())
         draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
     train.end_processes()
 
@@ -981,16 +928,14 @@ def predict(args):
             photo = (path if path.is_dir() else path.parent) / name
             if photos.setdefault((out / name).with_suffix(""), photo) != photo:
                 fail(f"--predict: {photo} and another photo have the same name; use an --out for each")
-    if all(len(set(color)) == 1 for color in palette):  # grays of an earlier version would be read as values
-        palette = voc_palette(len(classes))
     lines = "".join("{} {} {} {}\n".format(name, *color) for name, color in zip(classes, palette)).encode()
     listing, kinds = out / "classes.txt", ("mask", "labels", "overlay")
     taken = [path for result in photos for kind in kinds if os.path.exists(path := f"{result}_{kind}.png")]
     if taken or (listing.exists() and listing.read_bytes() != lines):
         fail(f"--out {out}: {taken[0] if taken else listing} already exists; give another --out")
-    train.total([0.0], device)  # no process writes before all have looked
+    train.gather(None)  # no process writes before all have looked
     if rank == 0:
-        train.write_file(listing, lambda file: file.write(lines))
+        train.write_file(listing, lines)
     say(f"{out}/classes.txt: the checkpoint's classes; NAME_labels.png holds their numbers, from 0")
     for result, photo in [*photos.items()][rank::world_size]:
         try:
@@ -1006,7 +951,7 @@ def predict(args):
         for kind, picture in zip(kinds, (mask, Image.fromarray(labels), overlay)):
             train.write_file(f"{result}_{kind}.png", functools.partial(picture.save, format="PNG"))
         train.show(f"{photo} -> {result}_mask.png, _overlay.png, _labels.png")
-    if train.total([float(failed)], device)[0] == len(photos):
+    if sum(train.gather(failed)) == len(photos):
         fail("--predict: none of the images could be read")
     train.end_processes()
 
@@ -1027,7 +972,7 @@ def main(args):
     out = Path(args.out)
 
     # ---- data ----
-    (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size, device)
+    (images, val_images), classes, palette = open_data(args, ("train", "val"), rank, world_size)
     # --fraction keeps part of the training images; their names identify that part for a later resume.
     whole = len(images)
     images.pairs = [images.pairs[i] for i in choose_subset(whole, args.fraction, args.seed)]
@@ -1038,14 +983,14 @@ def main(args):
     # ---- model and optimizer ----
     train.seed_all(args.seed)
     try:
-        model = build_model(args, len(classes), pretrained=args.init == "timm")
-    except (ValueError, RuntimeError, OSError) as error:
-        fail(f"cannot build the encoder of --encoder {args.encoder} --init {args.init}: {error}")
+        model = build_model(args, len(classes))
+    except ValueError as error:
+        fail(f"{error}: see --patch-size, --heads, --dim")
     # A resumed run takes its weights from the checkpoint.
-    if args.init not in ("none", "timm") and not os.path.exists(out / "last.pt"):
+    if args.init != "none" and not os.path.exists(out / "last.pt"):
         train.init_encoder(model.encoder, args.init, args.branch)
     model.to(device).train()
-    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    groups = train.weight_decay_groups(model, args.weight_decay, spared=("pos_embed", "cls_token"))
     optimizer = train.OPTIMIZERS[args.optimizer](groups, lr=args.lr)
 
     # ---- resume: the same command continues the run in --out ----
@@ -1060,9 +1005,9 @@ def main(args):
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
-    meter, log = train.Meter(device), train.Log(out, start_step) if rank == 0 else None
+    meter, log = train.Meter(), train.Log(out, start_step) if rank == 0 else None
     if rank == 0:
-        train.write_json(out / "settings.json", vars(args))
+        train.write_file(out / "settings.json", json.dumps(vars(args), indent=1).encode())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch}; {len(images)} of {whole} images, "
@@ -1081,11 +1026,11 @@ def main(args):
     with train.explain_out_of_memory(remedies), contextlib.closing(batches), train.catch_signals() as stop:
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total_steps, args.lr) * group["scale"]
+                group["lr"] = learning_rate(step, total_steps, args.lr)
 
             # ---- forward and backward ----
             for micro in range(args.accumulate):
-                batch = train.to_device(meter.next_batch(batches, len(images)), device)
+                batch = train.to_device(meter.next_batch(batches), device)
                 train.seed_all(args.seed, step, rank, micro)  # stochastic depth
                 last = micro == args.accumulate - 1  # gradients are averaged over the devices once per step
                 with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
@@ -1107,18 +1052,18 @@ def main(args):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             train.check_finite(record, done)
-            stopping = done < total_steps and train.total([float(bool(stop))], device)[0] > 0
-            rate = max(group["lr"] for group in optimizer.param_groups)
-            record |= {"lr": rate, "memory_gib": train.peak_memory(device)}
+            stopping = done < total_steps and any(train.gather(bool(stop)))
+            record |= {"lr": group["lr"], "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
             say(
                 f"step {done}/{total_steps} epoch {done * args.batch / len(images):.1f} | loss "
-                f"{record['loss']:.3f} | lr {rate:.1e} | {record['images_per_second']:.1f} img/s | waiting for "
-                f"data {record['waiting']:.0%} | {record['memory_gib']:.1f} GiB"
+                f"{record['loss']:.3f} | lr {group['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for "
+                f"data {record['waiting']:.0%} | GPU memory {record['memory_gib']:.1f} GiB"
             )
             if evaluate_now and not stopping:
                 if rank == 0:  # an evaluation can fail, at a damaged photo for example
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                 say(f"evaluating {len(val_images)} images")
+                model.eval()  # without stochastic depth
                 result = evaluate(model, val_images, args, "val", classes, rank, world_size, device)
                 report(result, done == total_steps, pixels)
                 record |= {f"val_{name}": result[name] for name in METRICS}
@@ -1127,9 +1072,10 @@ def main(args):
                 if rank == 0 and better:
                     train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 if rank == 0:
-                    train.write_json(out / "results.json", {"step": done, "best": best, **result})
+                    content = json.dumps({"step": done, "best": best, **result}, indent=1)
+                    train.write_file(out / "results.json", content.encode())
                     draw_sheet(out / "predictions.png", model, val_images, args, device, classes, palette)
-                meter.reset()  # do not count the time of the evaluation
+                model.train()
             if rank == 0:
                 log.write({"step": done, "epoch": done * args.batch / len(images), **record})
                 if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
@@ -1139,12 +1085,13 @@ def main(args):
                 say(f"stopped: saved at step {done}; run the same command to resume")
                 train.end_processes()  # waits until the first one has saved
                 sys.exit(train.EXIT_STOPPED)
+            meter = train.Meter()  # the next means start here; evaluating and saving take none of their time
 
     # ---- end ----
     train.end_processes()
     if best is not None:
         say(f"best mIoU {best:.2%}")
-    say(f"{out}: best.pt, last.pt, results.json, predictions.png, metrics.jsonl, settings.json")
+    say(f"{out}: {', '.join(sorted(os.listdir(out)))}")
     say(f"on your images: python finetune_seg.py --predict IMAGES --checkpoint {out}/best.pt --out DIR")
 
 
@@ -1159,12 +1106,9 @@ SMALL_PRESET = TINY | {name: train.SMALL_PRESET[name] for name in SIZE_KEYS}  # 
 SMALL_PRESET |= {"base_size": 192, "crop": 128, "steps": 1100}
 ADAMW = {"lr": 0.0001, "weight_decay": 0.05}
 PROTOCOL = ("base_size", "crop", "stride", "batch", "lr", "epochs")  # what a data set decides
-OF_MODEL = ("encoder", "decoder", "crop", "class_token", *SIZE_KEYS)  # what a checkpoint decides
-text_that = functools.partial(train.number, str)  # argparse types of text
-existing = text_that(os.path.exists, "an existing file or folder")
-start_of = text_that(lambda x: x == "none" or os.path.exists(x), "none or an existing file")
+OF_MODEL = ("decoder", "crop", "class_token", *SIZE_KEYS)  # what a checkpoint decides
+existing = train.number(str, os.path.exists, "an existing file or folder")
 number_of_classes = train.number(int, lambda n: 1 < n < ILLEGAL, f"from 2 to {ILLEGAL - 1}")
-timm_name = text_that(lambda x: x.startswith("timm:"), "timm:NAME")
 
 
 def share(text):
@@ -1175,7 +1119,7 @@ def share(text):
 
 def make_parser():
     """The command line; None as a default means the value of the data set, the weights or the checkpoint."""
-    parser = train.new_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, **train.PARSER)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
@@ -1186,9 +1130,8 @@ def make_parser():
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on one core")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", type=start_of, help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; default: none, or runs/scenes/last.pt without --data")
+    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; default: none, or runs/scenes/last.pt without --data")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder to load if --init holds both")
-    g.add_argument("--encoder", metavar="timm:NAME", type=timm_name, help="a timm ViT by name, with its pretrained weights (pip install timm); --init none skips the weights")
     g.add_argument("--decoder", default="linear", choices=list(DECODERS), help="what maps patch tokens to class logits")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
     g.add_argument("--model", choices=list(loca.SIZES), help="model size; default: from --init or the preset, else B/16; the next five flags override parts of it")
@@ -1211,7 +1154,6 @@ def make_parser():
     g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: sgd, as in Segmenter, or adamw in presets; easier on small data")
     g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: that of the data set or preset; for another optimizer {ADAMW['lr']}")
     g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, else {ADAMW['weight_decay']}")
-    g.add_argument("--layer-decay", type=up_to_1, default=1.0, help="learning rate of a block relative to the next, deeper one; 0.65-0.9 preserves pretrained features")
     g.add_argument("--clip", type=float_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")
@@ -1230,15 +1172,12 @@ def choose_preset(given):
     """The defaults of a run: those of the data set, of the drawn scenes or of --small."""
     name = (given.data or "scenes").partition(":")[0]
     data = DATASETS.get(name)
-    preset = {"out": f"runs/finetune_{name}", "init": "none", "optimizer": "sgd", "class_token": False}
+    init = SCENES_RUN if data is None and os.path.exists(SCENES_RUN) else "none"
+    preset = {"out": f"runs/finetune_{name}", "init": init, "optimizer": "sgd", "class_token": False}
     preset |= loca.SIZES["B/16"]
     preset |= {key: getattr(data, key) for key in PROTOCOL} if data else SCENES_PRESET
     preset |= SMALL_PRESET if given.small else {}
     preset |= {"crop": [preset["crop"]], "stride": [preset["stride"]]}
-    if given.encoder:
-        preset["init"] = "timm"
-    elif data is None and os.path.exists(SCENES_RUN):
-        preset["init"] = SCENES_RUN
     # A preset's learning rate belongs to its optimizer.
     optimizer = given.optimizer or preset["optimizer"]
     if optimizer != preset["optimizer"]:
@@ -1247,19 +1186,6 @@ def choose_preset(given):
     if given.epochs:
         preset["steps"] = None
     return preset
-
-
-def settings_of_weights(encoder, init, branch):
-    """The sizes of a new encoder, from the timm model or from the file of --init; empty without a file."""
-    try:
-        if encoder:
-            with torch.device("meta"):  # only for its sizes
-                return {**dict.fromkeys(SIZE_KEYS), "patch_size": TimmEncoder(encoder).patch_size}
-        # If the weights have a class token, the encoder keeps it; the decoder never sees it.
-        return {} if init == "none" else loca.load_weights(init, branch).sizes
-    except (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError) as error:
-        kind = "it must be one of timm's VisionTransformer or Eva models: " if encoder else ""
-        fail(f"{f'--encoder {encoder}' if encoder else f'--init {init}'}: {kind}{error}")
 
 
 def settings_of_checkpoint(path, given, parser):
@@ -1312,10 +1238,13 @@ def parse_args(arguments=None):
     preset, training = choose_preset(given), not (given.eval_only or given.predict)
     if training and (given.checkpoint or given.split == "test"):
         parser.error("--checkpoint and --split test need --eval-only or --predict; to train, use --init")
-    if given.encoder and given.init not in (None, "none"):
-        parser.error("--encoder has its own weights: give no --init, or --init none to start from scratch")
     if training:
-        found = settings_of_weights(given.encoder, given.init or preset["init"], given.branch)
+        init = given.init or preset["init"]
+        try:
+            # If the weights have a class token, the encoder keeps it; the decoder never sees it.
+            found = {} if init == "none" else loca.load_weights(init, given.branch).sizes
+        except (OSError, ValueError, ImportError) as error:
+            parser.error(f"--init {init}: {error}")
     else:
         best = str(Path(given.out or preset["out"], "best.pt")) if given.eval_only else None
         found = settings_of_checkpoint(given.checkpoint or best, given, parser)
@@ -1331,7 +1260,9 @@ def parse_args(arguments=None):
     settle_sizes(args, given, parser)
     for key in () if training else OF_MODEL:
         if getattr(args, key) != found[key]:
-            parser.error(f"{train.flag(key)} (or --model): the model is that of the checkpoint; remove it")
+            parser.error(
+                f"--{key.replace('_', '-')} (or --model): the model is that of the checkpoint; remove it"
+            )
     if training:
         train.settle_batch(args, parser)
     return args

@@ -293,13 +293,12 @@ def patch_targets(reference_box, query_box, flip, view, grid, reference_grid):
 # Which tokens stay visible: (rows, columns, count, device) -> `count` different indices into the grid, drawn
 # once for all images of a micro-batch. --masking offers every entry. The host never waits for the device.
 MASKING = {
-    "consecutive": lambda rows, columns, count, device: (
-        torch.randint(rows * columns - count + 1, (1,), device=device) + torch.arange(count, device=device)
-    ),  # a random run in raster order
-    "first": lambda rows, columns, count, device: torch.arange(count, device=device),
-    "unstructured": lambda rows, columns, count, device: torch.randperm(rows * columns, device=device)[
-        :count
-    ],  # a random subset
+    # A random run in raster order.
+    "consecutive": lambda h, w, k, device: (
+        torch.randint(h * w - k + 1, (1,), device=device) + torch.arange(k, device=device)
+    ),
+    "first": lambda h, w, k, device: torch.arange(k, device=device),
+    "unstructured": lambda h, w, k, device: torch.randperm(h * w, device=device)[:k],  # a random subset
 }
 
 
@@ -613,6 +612,8 @@ def load_encoder(encoder, state):
     position embedding to the ViT's grid, and drops a class token if the ViT has none. Raises ValueError, and
     changes nothing, if weights and ViT do not fit together."""
     sizes = getattr(state, "sizes", None) or _vit_sizes(state)
+    if sizes["heads"] != encoder.heads and not getattr(state, "heads_assumed", True):
+        raise ValueError(f"its encoder has {sizes['heads']} heads, not {encoder.heads}")
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
     # The entry of the class token [1, 0 or 1, D] and those of the patches [1, N, D].
@@ -679,7 +680,7 @@ def read_torch_file(path):
         elif "TorchScript" in str(error):
             reason = "it is a TorchScript program; save only the state dict of torch.jit.load(FILE)"
         elif str(path).endswith(".npz"):
-            reason = "it is a NumPy archive; if timm has this model, use --encoder timm:NAME"
+            reason = "it is a NumPy archive; if timm has this model, save its state dict"
         raise ValueError(reason) from error
 
 

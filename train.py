@@ -9,14 +9,12 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib
 import inspect
 import itertools
 import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -40,18 +38,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 
 EXIT_STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved: it can be requeued
 
 
-def fail(text):
-    """Exit with one line on stderr and exit code 1."""
+def fail(text, together=False):
+    """Exit with one line on stderr and exit code 1. together: all processes fail, and the first one prints."""
+    if together and dist.is_initialized():
+        say(f"error: {text}", sys.stderr)
+        end_processes()  # before any exits, because torchrun then ends the others
+        sys.exit(1)
     sys.exit(f"error: {text}")
-
-
-def import_optional(name):
-    """Import a module. If a package that it needs is missing, exits with the command to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = error.name or name.rpartition(".")[2]
-        fail(f"this needs the package {package}: pip install {package}")
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -65,12 +58,8 @@ def find_images(folder, flag="--data", skip=None):
     """Names, relative to `folder`, of all images at any depth: a sorted numpy array of bytes. Skips hidden
     files and folders, and the folder `skip`, which holds results; follows links. Exits with an error if a
     folder is missing or cannot be read, if there are no images, or if there are masks among them."""
-
-    def unreadable(error):
-        fail(f"{flag} {folder}: cannot read {error.filename}: {error.strerror}")
-
-    names, seen = [], {os.path.realpath(skip)} - {os.path.realpath(folder)} if skip else set()
-    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+    names, errors, seen = [], [], {os.path.realpath(skip)} - {os.path.realpath(folder)} if skip else set()
+    for parent, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
         if os.path.realpath(parent) in seen:  # a link back to a folder already visited, or `skip`
             folders.clear()
             continue
@@ -79,6 +68,8 @@ def find_images(folder, flag="--data", skip=None):
         images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
         below = f"{os.path.relpath(parent, folder)}/".removeprefix("./")
         names += [os.fsencode(below + name) for name in images]
+    for error in errors:
+        fail(f"{flag} {folder}: cannot read {error.filename}: {error.strerror}")
     if not names:
         fail(f"{flag} {folder}: no images found ({', '.join(EXTENSIONS)})")
     refuse_masks(folder, flag, names)
@@ -96,8 +87,7 @@ def refuse_masks(folder, flag, names):
     masks, photos = ([x for x in places if re.fullmatch(kind, x.name, re.I)] for kind in (MASKS, PHOTOS))
     for mask, beside in itertools.product(masks, photos):
         if mask.parent == beside.parent and mask != beside:
-            way = f"use {flag} {os.path.join(folder, beside)}"
-            fail(f"{flag} {folder}: {mask}/ next to {beside}/ holds masks; {way}")
+            fail(f"{flag} {folder}: {mask}/ next to {beside}/ holds masks; use {flag} {folder}/{beside}")
 
 
 @functools.cache
@@ -160,7 +150,7 @@ def identify(images, held_out):
     seen = {" + ".join(pair) for pair in gather(found)}
     if len(seen) > 1:
         text = f"the processes see different images (training + held out): {'; '.join(sorted(seen))}"
-        fail_together(f"{text}; all machines need the same files under the same names")
+        fail(f"{text}; all machines need the same files under the same names", together=True)
     return found[0]
 
 
@@ -268,9 +258,8 @@ def open_images(args):
     """Training and held-out images that the flags select."""
     if args.data is None:
         return Scenes(args.scenes), Scenes(args.val_images, first=10**6)
-    names = held_out = find_images(args.data, skip=args.out)
-    if args.val:
-        held_out = find_images(args.val, "--val", skip=args.out)
+    names = find_images(args.data, skip=args.out)
+    held_out = find_images(args.val, "--val", skip=args.out) if args.val else names
     count = args.val_images if args.val else min(args.val_images, len(names) // 10)
     order = np.random.default_rng(args.seed).permutation(len(held_out))
     if not args.val:
@@ -360,17 +349,12 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
 def read_batches(dataset, workers, device, **sampling):
     """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
     batch_size. The workers live until the generator is closed. Exits with an error if one of them fails."""
-    loader = DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="spawn" if workers else None,  # forking with running threads can hang
-        **sampling,
-    )
+    spawn = "spawn" if workers else None  # forking with running threads can hang
+    kind = {"num_workers": workers, "multiprocessing_context": spawn, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(dataset, **kind, **sampling)
     # Terminals and schedulers send these signals to all processes, but only the main process handles them.
     # Workers inherit the mask that blocks them, so the generator must be closed, which shuts them down.
-    if workers:
-        resource_tracker.ensure_running()  # before the mask is set: starting it unblocks some signals
+    resource_tracker.ensure_running()  # before the mask is set: starting it unblocks some signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -437,13 +421,6 @@ def jitter_steps(draws, c):
     return matrix, (order == 0) * brightness[:, None], (order == 1) * (1 - contrast[:, None])
 
 
-def mix(matrix, x):
-    """Mix the colors of all pixels [V, 3, ss] with a matrix for each view [V, 3, 3]."""
-    if torch.compiler.is_compiling():  # a sum becomes part of the kernel around it
-        return sum(matrix[:, :, k : k + 1] * x[:, k : k + 1] for k in range(3))
-    return matrix @ x
-
-
 def blur(x, chosen, sigma):
     """Blur with a Gaussian kernel, about a tenth of the side wide, along rows and columns."""
     radius = x.shape[-1] // 10 // 2
@@ -480,38 +457,27 @@ def normalize(views):
     return (views / 255 - mean) / std
 
 
-def change_colors(views, draws, chosen, c):
-    """Change the colors of uint8 views [V, 3, s, s] by what was drawn for them in 0..1 [11, V] and the
-    operations that are chosen for each -> normalized float32."""
+def augment(views, draws=None, **probabilities):
+    """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
+    float32. Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2,
+    then OPERATIONS with the given probabilities (released pipeline). draws: numbers in 0..1 that decide all
+    of it [11 + operations, V]; random if None. No value goes back to the host."""
+    c = constants(views.device)
+    if draws is None:
+        draws = torch.rand(len(c["low"]) + len(OPERATIONS), len(views), device=views.device)
+    draws, choices = draws.split((len(c["low"]), len(OPERATIONS)))
     draws = torch.addcmul(c["low"][:, None], draws, (c["high"] - c["low"])[:, None])
     matrix, shift, of_mean = jitter_steps(draws, c)
     # Pixels are flattened: every operation is a 3x3 matrix product over the colors of all pixels of a view.
     x = views.flatten(2).float().div_(255)  # V,3,ss
     for k in range(4):
         bias = shift[:, k] + of_mean[:, k] * x.mean(-1, keepdim=True)  # V,3,1
-        x = mix(matrix[:, k], x).add_(bias).clamp_(0, 1)
-    x = mix(torch.where(draws[9, :, None, None] < 0.2, c["gray"], c["same"]), x).view(views.shape)
-    for name, those in chosen.items():
-        x = OPERATIONS[name](x, those, draws[10, :, None])
+        x = (matrix[:, k] @ x).add_(bias).clamp_(0, 1)
+    x = (torch.where(draws[9, :, None, None] < 0.2, c["gray"], c["same"]) @ x).view(views.shape)
+    choices = dict(zip(OPERATIONS, choices[..., None]))  # V,1
+    for name, probability in probabilities.items():
+        x = OPERATIONS[name](x, choices[name] < probability, draws[10, :, None])
     return x.sub_(c["mean"][:, None, None]).div_(c["std"][:, None, None])
-
-
-@functools.cache
-def compiled_colors():
-    """change_colors in a few kernels, which read and write the pixels less often."""
-    return torch.compile(change_colors, dynamic=False)
-
-
-def augment(views, compiled=False, **probabilities):
-    """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
-    float32. Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2,
-    then OPERATIONS with the given probabilities (released pipeline). No value goes back to the host."""
-    c = constants(views.device)
-    draws = torch.rand(len(c["low"]) + len(OPERATIONS), len(views), device=views.device)
-    draws, choices = draws.split((len(c["low"]), len(OPERATIONS)))
-    choices = dict(zip(OPERATIONS, choices[..., None]))
-    chosen = {name: choices[name] < p for name, p in probabilities.items()}  # V,1
-    return (compiled_colors() if compiled else change_colors)(views, draws, chosen, c)
 
 
 def to_views(batch, args, random_colors=True):
@@ -520,7 +486,7 @@ def to_views(batch, args, random_colors=True):
     for kind, chances in COLORS.items():
         x = batch[kind]  # B,3,s,s; the focal queries: B,F,3,s,s
         chances = {k: p for k, p in chances.items() if args.blur or k != "blur"}
-        colored = augment(x.flatten(0, -4), args.compile, **chances) if random_colors else normalize(x)
+        colored = augment(x.flatten(0, -4), **chances) if random_colors else normalize(x)
         views[kind] = colored.view(x.shape)
     # The crop boxes determine where each query patch lies in the reference: the targets of the position loss.
     boxes, flips = batch["boxes"], batch["flips"]  # reference, query, then the focal queries
@@ -561,22 +527,12 @@ def init_encoder(encoder, path, branch):
     an error if it does not fit."""
     try:
         weights = loca.load_weights(path, branch)
-        sizes = weights.sizes
-        if not weights.heads_assumed and sizes["heads"] != encoder.heads:
-            raise ValueError(f"its encoder has {sizes['heads']} heads, not {encoder.heads}")
         loca.load_encoder(encoder, weights)
     except (OSError, ValueError, ImportError) as error:
         fail(f"--init {path}: {error}")
-    notes = f"{branch} ({weights.prefix.rstrip('.') or 'the only branch'})"
-    notes += f"; {len(encoder.state_dict())} tensors loaded"
-    grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
-    if grid != encoder.grid:
-        notes += "; position embedding resized from {}x{} to {}x{}".format(*grid, *encoder.grid)
-    if sizes["class_token"]:
-        notes += f"; class token {'kept' if 'cls_token' in encoder.state_dict() else 'dropped'}"
-    if weights.heads_assumed:
-        notes += f"; heads assumed: {encoder.heads}; set --heads to change it"
-    say(f"--init {path}: {notes}")
+    prefix = weights.prefix.rstrip(".") or "the only branch"
+    assumed = f"; heads assumed: {encoder.heads}; set --heads to change it" if weights.heads_assumed else ""
+    say(f"--init {path}: {branch} ({prefix}); {len(encoder.state_dict())} tensors loaded{assumed}")
     return weights
 
 
@@ -585,15 +541,13 @@ def init_head(head, weights, prefix):
     own = head.state_dict()
     fits = {name: weights[prefix + name] for name in own if prefix + name in weights}
     fits = {name: x for name, x in fits.items() if x.shape == own[name].shape}
-    fresh = sorted(own.keys() - fits.keys())
-    # The files that the authors offer may lack the predictor's last norm.
-    if any(not name.startswith("norm.") for name in fresh):
-        return "starts from scratch: the file's is incomplete or has other shapes"
-    # The head in loca_vbase_imnet1k has shrunk to about 1e-30: it would never learn again.
-    if any(x.abs().max() < 1e-12 for x in fits.values() if x.ndim > 1):
-        return "starts from scratch: its weights are all zero"
+    # The files that the authors offer may lack the predictor's last norm. Their head in loca_vbase_imnet1k
+    # has shrunk to about 1e-30: it would never learn again.
+    complete = all(name in fits or name.startswith("norm.") for name in own)
+    if not complete or any(x.abs().max() < 1e-12 for x in fits.values() if x.ndim > 1):
+        return "starts from scratch: the file's is incomplete, of other shapes, or all zero"
     head.load_state_dict({**own, **fits})
-    return "loaded" + (f", except {' and '.join(fresh)}, from scratch" if fresh else "")
+    return f"loaded, {len(fits)} of {len(own)} tensors"
 
 
 def init_from(path, networks):
@@ -607,30 +561,15 @@ def init_from(path, networks):
                 say(f"--init {path}: {branch}'s {part} {init_head(head, weights, f'{part}.')}")
 
 
-def compile_parts(model, networks):
-    """Compile the parts of a step instead of the whole model: all blocks share one graph for each number of
-    tokens, and the large arrays of the feature loss are fused. Exits with an error without a compiler."""
-    try:
-        torch.compile(torch.neg)(model.predictor.norm.bias.detach())
-    except Exception as error:  # each compiler is missing in its own way
-        reason = (str(error) or repr(error)).splitlines()[0]
-        fail(f"--compile needs a C++ compiler such as g++ and, on GPUs, Triton: {reason}")
-    torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
-    encoders = [network.get_submodule("encoder") for network in networks.values()]
-    blocks = [block for encoder in encoders for block in getattr(encoder, "blocks", ())]
-    for module in (model.predictor, *blocks):
-        module.compile(dynamic=False)
-    model.assign_clusters = torch.compile(model.assign_clusters, dynamic=False)
-    model.compare_clusters = torch.compile(model.compare_clusters, dynamic=False)
-
-
-def weight_decay_groups(model, weight_decay):
-    """Parameter groups with weight decay only on tensors with two or more dimensions."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def weight_decay_groups(model, weight_decay, spared=()):
+    """Parameter groups with weight decay only on tensors with two or more dimensions, and not on those whose
+    names end with one of `spared`."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim <= 1 or name.endswith(spared)
+            groups.setdefault(0.0 if free else weight_decay, []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
 # (parameter groups, learning rate) -> optimizer. --optimizer offers every entry, in both scripts.
@@ -673,7 +612,6 @@ def seed_all(*parts):
 
 # -------------------------------------------------------------------------------------- processes and signals
 
-
 # A stop is requested by schedulers (SIGTERM; SIGUSR1 with SLURM's --signal), Ctrl-C, or a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -696,26 +634,8 @@ def init_distributed(name=None):
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if world_size > 1 and not dist.is_initialized():
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        place = {"store": join_store(rank, world_size), "rank": rank, "world_size": world_size}
-        dist.init_process_group(**backend, **place, timeout=timedelta(minutes=10))
+        dist.init_process_group(**backend, timeout=timedelta(minutes=10))
     return rank, world_size, device
-
-
-def join_store(rank, world_size):
-    """The store in which the processes of this start find each other. When torchrun restarts processes, its
-    store keeps the addresses of dead ones, and its count of restarts differs between nodes: so the first
-    process numbers the starts, and each start has its own prefix."""
-    store = next(dist.rendezvous("env://", rank, world_size))[0]
-    if rank == 0:
-        start = store.add("starts", 1)
-        while store.add(f"joined {start}", 0) < world_size - 1:
-            store.set("start", str(start))
-            time.sleep(0.1)
-    else:
-        store.delete_key("start")  # perhaps of an earlier start; otherwise the first process sets it again
-        start = int(store.get("start"))  # waits
-        store.add(f"joined {start}", 1)
-    return dist.PrefixStore(str(start), store)
 
 
 def show(text, stream=None):
@@ -733,13 +653,6 @@ def say(text, stream=None):
     """Print in the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
         show(text, stream)
-
-
-def fail_together(text):
-    """Exit in all processes. The first prints the line before any exits: then torchrun ends the others."""
-    say(f"error: {text}", sys.stderr)
-    end_processes()
-    sys.exit(1)
 
 
 @contextlib.contextmanager
@@ -760,11 +673,6 @@ def end_processes():
         dist.destroy_process_group()
 
 
-def total(values, device):
-    """Sum a list or tensor of numbers over all processes -> list of them. The host waits for the device."""
-    return loca.sum_over_processes(torch.as_tensor(values, device=device)).tolist()
-
-
 def gather(value):
     """The value of each process: a list in the order of the ranks."""
     values = [value] * loca.world_size()
@@ -775,21 +683,11 @@ def gather(value):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the context, the stop signals request a stop: the loop saves and exits. Yields a list, which is
-    empty until then. Another signal more than one second later ends the process at once; before that, it
-    counts as the same request, because schedulers and torchrun both send one. Signals that are ignored
-    (nohup) stay ignored. The handlers are restored afterward."""
+    """Within the context, the stop signals are added to a list, which it yields: the loop then saves and exits.
+    Signals that are ignored (nohup) stay ignored. To end a process at once, use Ctrl-\\ (SIGQUIT)."""
     stop = []
-
-    def ask(number, frame):
-        if not stop:
-            stop.append(time.monotonic())
-        elif time.monotonic() > stop[0] + 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
     caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, ask) for number in caught}
+    handlers = {number: signal.signal(number, lambda number, _: stop.append(number)) for number in caught}
     try:
         yield stop
     finally:
@@ -801,29 +699,19 @@ def catch_signals():
 
 
 class Meter:
-    """Means of named scalars since the last log line. The host waits for the device only to read them."""
+    """Means of named scalars and the speed. The host waits for the device only to read them."""
 
-    def __init__(self, device):
-        self.device, self.unreadable, self.seen = device, set(), 0
-        self.reset()
-
-    def reset(self):
-        """Clear the sums and restart the clock."""
+    def __init__(self):
         self.names, self.sums, self.count = (), 0, 0
         self.start, self.waited = time.perf_counter(), 0.0
 
-    def next_batch(self, batches, epoch):
-        """The next batch. Measures the time spent waiting for it, and names each unreadable file once. Exits
-        with an error if these exceed 5% of the images so far (counted as 400 or more, up to one `epoch`)."""
+    def next_batch(self, batches):
+        """The next batch. Measures the time spent waiting for it, and names each unreadable file once."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
         for wrong in filter(None, batch["unreadable"]):
             warn_once(f"cannot read {wrong}; using another image")
-            self.unreadable.add(wrong)
-        self.seen += len(batch["unreadable"])
-        if len(self.unreadable) > 0.05 * min(epoch, max(self.seen, 400)):
-            fail(f"{len(self.unreadable)} unreadable images so far, more than 5%; see the warnings above")
         return batch
 
     def add(self, values):
@@ -833,12 +721,10 @@ class Meter:
 
     def read(self, micro_batch):
         """Means over processes and micro-batches (of the given size), images per second, share of waiting."""
-        means = total(self.sums / (self.count * loca.world_size()), self.device)
+        means = loca.sum_over_processes(self.sums / (self.count * loca.world_size())).tolist()
         seconds = time.perf_counter() - self.start
         speed, waiting = self.count * micro_batch / seconds, self.waited / seconds
-        record = dict(zip(self.names, means)) | {"images_per_second": speed, "waiting": waiting}
-        self.reset()
-        return record
+        return dict(zip(self.names, means)) | {"images_per_second": speed, "waiting": waiting}
 
 
 def check_finite(record, done):
@@ -846,31 +732,22 @@ def check_finite(record, done):
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = f"the loss or its gradient was not finite in the steps up to {done} ({values})"
-        fail_together(f"{text}; the last checkpoint is intact: use a smaller --lr or --precision float32")
-
-
-def peak_memory(device):
-    """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        remedy = "use a smaller --lr or --precision float32"
+        fail(f"{text}; the last checkpoint is intact: {remedy}", together=True)
 
 
 class Log:
-    """metrics.jsonl, one record per line, and a TensorBoard log on request. Drops records after `step`, left
-    by a run that died after its last checkpoint, and damaged lines, left by a power cut."""
+    """metrics.jsonl, one record per line. Drops records after `step`, left by a run that died after its last
+    checkpoint, and damaged lines, left by a power cut."""
 
-    def __init__(self, folder, step, tensorboard=False):
-        self.path, self.board, kept = folder / "metrics.jsonl", None, []
+    def __init__(self, folder, step):
+        self.path, kept = folder / "metrics.jsonl", []
         for line in self.path.read_bytes().splitlines() if os.path.exists(self.path) else ():
             try:
                 kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
             except (ValueError, KeyError, TypeError):
                 warn_once(f"{self.path}: damaged lines are dropped")
-        write_file(self.path, lambda file: file.writelines(kept))
-        if tensorboard:
-            board = import_optional("torch.utils.tensorboard")
-            self.board = board.SummaryWriter(folder, purge_step=step + 1)
+        write_file(self.path, b"".join(kept))
 
     def write(self, record):
         try:
@@ -878,19 +755,16 @@ class Log:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             fail(f"cannot write {self.path}: {error}; earlier files are intact")
-        if self.board:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, record["step"])
-            self.board.flush()
 
 
-def write_file(path, write):
-    """Let `write` fill a temporary file, then rename it: the file at `path` is always complete."""
+def write_file(path, content):
+    """Write bytes, or what the function `content` writes to a file, under a temporary name, then rename it:
+    the file at `path` is always complete."""
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            write(file)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -899,11 +773,6 @@ def write_file(path, write):
             partial.unlink()
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         fail(f"cannot write {path}: {reason}; earlier files are intact")
-
-
-def write_json(path, content):
-    """Write a JSON file; it is always complete, as with write_file."""
-    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def save_checkpoint(path, args, step, modules, **more):
@@ -926,14 +795,14 @@ def load_checkpoint(path, args, may_change, defaults, images, modules):
             reason = error if isinstance(error, ValueError) else "it is not a checkpoint of this script"
             fail(f"cannot resume from {path}: {reason}; remove it, or use another --out")
         # Some flags may change; changing the others would make it a different run.
-        changed = sorted(key for key in defaults if old[key] != new[key])
-        wrong = [f"{flag(key)} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
+        changed = {key: f"--{key.replace('_', '-')}" for key in sorted(defaults) if old[key] != new[key]}
+        wrong = [f"{changed[key]} {old[key]}, not {new[key]}" for key in changed if key not in may_change]
         if saved.get("images", images) != images:
             wrong.append(f"{saved['images']}, not {images}")
         if wrong:
             fail(f"{path} was saved with {wrong[0]}; change it back or use a new --out")
-        for key in changed:
-            say(f"resuming with {flag(key)} {new[key]} (was {old[key]})")
+        for key, flag in changed.items():
+            say(f"resuming with {flag} {new[key]} (was {old[key]})")
         for name, module in modules.items():
             module.load_state_dict(saved.pop(name))  # frees the memory
         say(f"resuming from {path} at step {saved['step']}")
@@ -946,6 +815,7 @@ def load_checkpoint(path, args, may_change, defaults, images, modules):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # compiled blocks have not seen these shapes
 def evaluate(model, teacher, read, args, device, indices):
     """Means over held-out images of what LOCA returns -> dict of floats. read: returns an item of Views by
     index. indices: this process's images; all processes must have equally many."""
@@ -957,61 +827,30 @@ def evaluate(model, teacher, read, args, device, indices):
         with autocast(args.precision, device):
             losses = model(views, teacher)
         sums = sums + len(views["focal"]) * torch.stack([value.float() for value in losses.values()])
-    means = total(sums / (len(indices) * loca.world_size()), device)
+    means = loca.sum_over_processes(sums / (len(indices) * loca.world_size())).tolist()
     return dict(zip(losses, means))
-
-
-@functools.cache
-def random_distance(grid):
-    """Mean error of a random guess: distance in patches between two positions of a grid (rows, columns)."""
-    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
-    return torch.cdist(cells, cells).mean().item()
 
 
 def with_chance(values, model, args):
     """What LOCA returns as text, each value beside that of a model that has learned nothing, if known. Losses
     of weight 0 are left out."""
-    values = {k: x for k, x in values.items() if getattr(model, k.replace("_loss", "_weight"), 1)}
+    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
     chances = {
         "position_loss": math.log(model.positions),
         "position_accuracy": 1 / model.positions,
-        "position_distance": random_distance(tuple(model.encoder.grid)),
+        "position_distance": torch.cdist(cells, cells).mean().item(),
         "cross_entropy": math.log(args.prototypes),
     }
-    chance = {name: f" (chance {level:.3g})" for name, level in chances.items()}
-    return " | ".join(f"{name} {value:.3g}{chance.get(name, '')}" for name, value in values.items())
-
-
-def draw_puzzle(reference, query, boxes, flipped, targets, predicted):
-    """One image as a puzzle, a list of four pictures: the reference with the query's outline, the query, and
-    its patches on the dimmed reference, first where they belong, then where the model puts them. reference,
-    query: square pictures of one size. boxes: of both, in pixels of the image. flipped: whether the query is
-    mirrored. targets, predicted: reference positions of its patches [grid, grid]; -1: not drawn."""
-    side, grid = reference.width, len(targets)
-    (top, left, height, width), (y, x, h, w) = boxes
-    # The query's box, in pixels of the drawn reference.
-    x, w = round((x - left) * side / width), max(1, round(w * side / width))
-    y, h = round((y - top) * side / height), max(1, round(h * side / height))
-    outlined, dimmed = reference.copy(), Image.blend(reference, Image.new("RGB", (side, side), "white"), 0.75)
-    ImageDraw.Draw(outlined).rectangle((x, y, x + w - 1, y + h - 1), outline="red", width=3)
-    pictures = [outlined, query, dimmed, dimmed.copy()]
-    if flipped:
-        query, targets, predicted = ImageOps.mirror(query), np.fliplr(targets), np.fliplr(predicted)
-    query = query.resize((w, h), Image.BICUBIC)
-    for picture, positions in zip(pictures[2:], (targets, predicted)):
-        for row, column in np.argwhere(targets >= 0).tolist():
-            target, position = targets[row, column], positions[row, column]
-            part = [column * w // grid, row * h // grid, (column + 1) * w // grid, (row + 1) * h // grid]
-            # Each patch is drawn at its true place, shifted by the prediction error.
-            right, down = position % grid - target % grid, position // grid - target // grid
-            place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
-            picture.paste(query.crop(part), place)
-    return pictures
+    chances = {name: f" (chance {level:.3g})" for name, level in chances.items()}
+    values = {k: x for k, x in values.items() if getattr(model, k.replace("_loss", "_weight"), 1)}
+    return " | ".join(f"{name} {value:.3g}{chances.get(name, '')}" for name, value in values.items())
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def draw_predictions(model, teacher, read, args, device, indices, side=160):
-    """Draw held-out images as puzzles, one a row. All patches of the random query are placed."""
+    """Draw held-out images as puzzles, one a row: the reference with the query's outline, the query, and the
+    query's patches on the dimmed reference, first where they belong, then where the model puts them."""
     seed_all(args.seed, 0)
     batch = default_collate([read(i) for i in indices])
     views = to_views(to_device(batch, device), args, random_colors=False)
@@ -1021,17 +860,33 @@ def draw_predictions(model, teacher, read, args, device, indices, side=160):
     views["focal"] = views["focal"][:, :0]
     queries, targets = model.encode_queries(views, torch.arange(model.positions, device=device))
     predicted = model.predictor(queries, context).argmax(-1)  # B,N
-    targets, predicted = (x.unflatten(1, model.encoder.grid).cpu().numpy() for x in (targets, predicted))
 
-    cell, header = side + 6, 18
-    sheet = Image.new("RGB", (4 * cell, header + len(targets) * cell), "white")
+    grid, cell, header = args.image_size // args.patch_size, side + 6, 18
+    sheet = Image.new("RGB", (4 * cell, header + len(indices) * cell), "white")
     for k, title in enumerate(("reference (red: query)", "query", "true placement", "predicted placement")):
         ImageDraw.Draw(sheet).text((k * cell + 2, 0), title, fill="black", font=ImageFont.load_default(13))
-    for i in range(len(targets)):
+    for i, boxes in enumerate(batch["boxes"][:, :2].tolist()):
         crops = (batch[name][i].permute(1, 2, 0).numpy() for name in ("reference", "query"))
-        pictures = [Image.fromarray(pixels).resize((side, side), Image.BICUBIC) for pixels in crops]
-        boxes, flipped = batch["boxes"][i, :2].tolist(), bool(batch["flips"][i, 1])
-        for k, picture in enumerate(draw_puzzle(*pictures, boxes, flipped, targets[i], predicted[i])):
+        reference, query = (Image.fromarray(x).resize((side, side), Image.BICUBIC) for x in crops)
+        # The query's box, in pixels of the drawn reference.
+        (top, left, height, width), (y, x, h, w) = boxes
+        x, w = round((x - left) * side / width), max(1, round(w * side / width))
+        y, h = round((y - top) * side / height), max(1, round(h * side / height))
+        true = Image.blend(reference, Image.new("RGB", (side, side), "white"), 0.75)
+        placed, mirrored = true.copy(), bool(batch["flips"][i, 1])
+        ImageDraw.Draw(reference).rectangle((x, y, x + w - 1, y + h - 1), outline="red", width=3)
+        small = (ImageOps.mirror(query) if mirrored else query).resize((w, h), Image.BICUBIC)
+        true.paste(small, (x, y))
+        for k, (target, position) in enumerate(zip(targets[i].tolist(), predicted[i].tolist())):
+            row, column = divmod(k, grid)
+            column = grid - 1 - column if mirrored else column
+            part = [column * w // grid, row * h // grid, (column + 1) * w // grid, (row + 1) * h // grid]
+            # Each patch is drawn at its true place, shifted by the prediction error.
+            right, down = position % grid - target % grid, position // grid - target // grid
+            if target >= 0:
+                place = (x + part[0] + right * side // grid, y + part[1] + down * side // grid)
+                placed.paste(small.crop(part), place)
+        for k, picture in enumerate((reference, query, true, placed)):
             sheet.paste(picture, (k * cell, header + i * cell))
     return sheet
 
@@ -1040,7 +895,7 @@ def draw_predictions(model, teacher, read, args, device, indices, side=160):
 
 MAY_CHANGE = {  # flags that a resumed run may change
     "data", "val", "out", "workers", "device", "precision", "compile", "grad_checkpoint", "log_every", "save_minutes",
-    "keep", "tensorboard", "val_every", "accumulate", "epochs", "steps", "lr", "warmup_epochs", "clip",
+    "keep", "val_every", "accumulate", "epochs", "steps", "lr", "warmup_epochs", "clip",
 }  # fmt: skip
 
 
@@ -1080,14 +935,20 @@ def main(args, images=None):
     start_step = saved["step"] if saved else 0
     if start_step >= total_steps:
         say("note: this run is already finished; use a new --out for a new run")
-    if args.compile:
-        compile_parts(model, networks)
+    if args.compile:  # parts of a step: all blocks share one graph for each number of tokens
+        torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
+        for name, module in networks.named_modules():
+            if re.fullmatch(r"(model|teacher)\.encoder\.blocks\.\d+|model\.predictor", name):
+                module.compile(dynamic=False)
+        # Fuses the operations on the large arrays of the feature loss.
+        model.assign_clusters = torch.compile(model.assign_clusters, dynamic=False)
+        model.compare_clusters = torch.compile(model.compare_clusters, dynamic=False)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
-    meter, log = Meter(device), Log(out, start_step, args.tensorboard) if rank == 0 else None
+    meter, log = Meter(), Log(out, start_step) if rank == 0 else None
     if rank == 0:
-        write_json(out / "settings.json", vars(args))
+        write_file(out / "settings.json", json.dumps(vars(args), indent=1).encode())
     per_device = args.batch // world_size // args.accumulate
     size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     say(
@@ -1115,7 +976,7 @@ def main(args, images=None):
 
             # ---- forward and backward ----
             for micro in range(args.accumulate):
-                batch = to_device(meter.next_batch(batches, len(train_images)), device)
+                batch = to_device(meter.next_batch(batches), device)
                 seed_all(args.seed, step, rank, micro)  # color jitter, masks, stochastic depth
                 views = to_views(batch, args)
                 last = micro == args.accumulate - 1  # gradients are averaged over the devices once per step
@@ -1142,25 +1003,24 @@ def main(args, images=None):
             if not (evaluate_now or keep_now or alone or done % args.log_every == 0):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
-            record |= {"lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory(device)}
             check_finite(record, done)
-            stopping = done < total_steps and total([float(bool(stop))], device)[0] > 0
+            # Peak memory of this process on a CUDA device, else 0.
+            record |= {"lr": group["lr"], "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+            stopping = done < total_steps and any(gather(bool(stop)))
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
             measured = with_chance({name: record[name] for name in losses}, model, args)
             say(
                 f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {measured} | "
                 f"lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for data "
-                f"{record['waiting']:.0%} | {record['memory_gib']:.1f} GiB | "
+                f"{record['waiting']:.0%} | GPU memory {record['memory_gib']:.1f} GiB | "
                 f"{timedelta(seconds=round(seconds_left))} left"
             )
             if evaluate_now and mine and not stopping:
                 networks.eval()  # without stochastic depth
-                with torch.compiler.set_stance("force_eager"):  # shapes that compiled blocks have not seen
-                    figures = evaluate(model, teacher, held_out, args, device, mine)
+                figures = evaluate(model, teacher, held_out, args, device, mine)
                 networks.train()
                 record |= {f"val_{name}": value for name, value in figures.items()}
                 say(f"held out | {with_chance(figures, model, args)}")
-                meter.reset()  # do not count the time of the evaluation
             if rank == 0:
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
                 if keep_now:
@@ -1174,21 +1034,19 @@ def main(args, images=None):
                 say(f"stopped: saved at step {done}; run the same command to resume")
                 end_processes()  # waits until the first one has saved
                 sys.exit(EXIT_STOPPED)
+            meter = Meter()  # the next means start here; evaluating and saving take none of their time
 
     # ---- end ----
     end_processes()
-    files = "last.pt, encoder.pt, metrics.jsonl, settings.json"
     if rank == 0 and len(val_images) and not args.single_image:
-        files += ", predictions.png"
         shown = np.unique(np.linspace(0, len(val_images) - 1, 5).astype(int)).tolist()  # evenly spaced
         networks.eval()
-        with torch.compiler.set_stance("force_eager"):
-            picture = draw_predictions(model, teacher, held_out, args, device, shown)
+        picture = draw_predictions(model, teacher, held_out, args, device, shown)
         write_file(out / "predictions.png", lambda file: picture.save(file, "PNG"))
     if figures:
         accuracy = figures["position_accuracy"]
         say(f"held-out position accuracy {accuracy:.2%}, {accuracy * model.positions:.1f} times chance")
-    say(f"{out}: {files}")
+    say(f"{out}: {', '.join(sorted(os.listdir(out)))}")
     flags = f"{' --data NAME:DIR' if args.data or images else ''} --init {out}/last.pt"
     say(f"next: python finetune_seg.py{flags}{' --small' if args.small else ''}")
 
@@ -1215,10 +1073,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (%(default)s)" if shown else action.help
 
 
-def new_parser(description):
-    """An empty command line of one of the two scripts."""
-    usage = "%(prog)s [flags]   (--help lists them)"  # printed with every error, so keep it short
-    return argparse.ArgumentParser(usage=usage, description=description, formatter_class=Help)
+# What both scripts pass to argparse. The usage is printed with every error, so it is short.
+PARSER = {"usage": "%(prog)s [flags]   (--help lists them)", "formatter_class": Help}
 
 
 def number(kind, valid, rule):
@@ -1258,7 +1114,7 @@ def add_run_flags(parser):
 
 def make_parser():
     """The command line; the defaults are the released recipe."""
-    parser = new_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, **PARSER)
     yes_no = {"action": argparse.BooleanOptionalAction, "default": False}
     # fmt: off
     g = parser.add_argument_group("data")
@@ -1313,14 +1169,8 @@ def make_parser():
     g.add_argument("--compile", **yes_no, help="torch.compile the colors, the blocks, the predictor and the feature loss: slow start, faster on GPUs; needs a C++ compiler")
     g.add_argument("--grad-checkpoint", type=int_or_0, nargs="?", default=0, const=1000, metavar="N", help="recompute the first N blocks, or all of them, in the backward pass: less memory, slower")
     g.add_argument("--keep", type=int_or_0, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: only the last one")
-    g.add_argument("--tensorboard", **yes_no, help="also write a TensorBoard log (pip install tensorboard)")
     # fmt: on
     return parser
-
-
-def flag(name):
-    """The command-line flag of a setting."""
-    return f"--{name.replace('_', '-')}"
 
 
 def settle_batch(args, parser):
@@ -1353,10 +1203,8 @@ def parse_args(arguments=None, own_images=False):
     if args.val and not args.data:
         parser.error("--val needs --data")
     settle_batch(args, parser)
-    for name in ("image_size", "focal_size"):
-        size, patch = getattr(args, name), args.patch_size
-        if size % patch:
-            parser.error(f"{flag(name)} {size}: use multiples of the patch size, {patch}")
+    if args.focal_size % args.patch_size:
+        parser.error(f"--focal-size {args.focal_size}: use multiples of the patch size, {args.patch_size}")
     args.large_area, args.focal_area = sorted(args.large_area), sorted(args.focal_area)
     if not args.position_weight and (args.single_image or not args.feature_weight):
         parser.error("--position-weight 0 without the feature loss leaves no loss to train")

@@ -120,7 +120,7 @@ bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog,
 grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock,
 sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window,
 wood""")
-CITYSCAPES_LIST = [x for x in Cityscapes.classes if 0 <= x.train_id < 19]  # torchvision's, in training order
+CITYSCAPES_LIST = [x for x in Cityscapes.classes if 0 <= x.train_id < 19]  # in the order of train_id
 CITYSCAPES = tuple(x.name for x in CITYSCAPES_LIST)
 CITYSCAPES_COLORS = {x.color: x.train_id for x in CITYSCAPES_LIST}
 CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORED) | {x.id: x.train_id for x in CITYSCAPES_LIST}
@@ -254,7 +254,7 @@ def find_split(root, layout, data, split):
 
 
 def places(data, folder):
-    """Where layouts are searched: the folder, the data set's roots, and a single folder that wraps all."""
+    """Where to look for layouts: the folder, the data set's roots, and a single folder that wraps all."""
     inside = [x.path for x in os.scandir(folder) if x.is_dir() and not x.name.startswith((".", "__"))]
     return [folder, *(os.path.join(folder, root) for root in data.roots), *inside[: len(inside) == 1]]
 
@@ -292,8 +292,8 @@ def find_pairs(name, folder, split, patterns=None):
 
 
 def what_is_there(folder):
-    """For messages: the folders that hold files, and the --pairs that would fit: two groups of files whose
-    names differ only in how they begin and end. A group has an extension and one folder or one per split."""
+    """For messages: the folders that hold files, and a --pairs that fits, if any: two groups of files whose
+    names differ only at the start and the end. A group has one extension and one folder, or one per split."""
     holds, groups, alike = [], {}, {}
     for parent, _, files in sorted(os.walk(folder)):
         place = os.path.relpath(parent, folder)
@@ -310,7 +310,7 @@ def what_is_there(folder):
         pattern = os.path.normpath(f"{place}/{start}*{end}{suffix}")
         alike.setdefault(tuple(name.removesuffix(end) for name in names), []).append(pattern)
     pairs = [pair for names, pair in alike.items() if len(pair) == 2 and len(names) > 1]
-    for pair in pairs[:1]:  # masks tend to have names that say so
+    for pair in pairs[:1]:  # the pattern with a typical word for masks comes second
         pair.sort(key=lambda pattern: bool(re.search("(?i)mask|label|annot|manual|truth|gt|seg", pattern)))
     hints = ["..."] * (len(holds) > 6) + [f"try --pairs {shlex.join(pair)}" for pair in pairs[:1]]
     return "; ".join(holds[:6] + hints) or "it holds no files"
@@ -488,9 +488,9 @@ def open_data(args, splits, rank, world_size, classes=None):
         parts[split] = part = Labeled(data, pairs, len(names), palettes)
         short = check_masks(part, rank, world_size)
         if ignored := part.pixels[ILLEGAL]:
-            say(f"note: {ignored} pixels ({ignored / part.pixels.sum():.2%}) belong to no class: ignored")
+            say(f"note: {ignored} pixels ({ignored / part.pixels.sum():.2%}) belong to no class (ignored)")
         if args.base_size and short > 2 * args.base_size:
-            say(f"note: images are downscaled, short side {short:.0f} -> {args.base_size}; see --base-size")
+            say(f"note: images are downscaled (short side {short:.0f} -> {args.base_size}), see --base-size")
     if args.name == "folder" and not data.colors:
         inferred = not (data.classes or classes or args.classes)
         used = check_values(parts, inferred)
@@ -534,7 +534,7 @@ def scaled_size(height, width, short):
 
 
 def choose_crop(labels, crop, rng, most=0.75, redraws=10):
-    """(top, left, height, width) of a random crop of labels uint8 [H, W], no larger than they are.
+    """(top, left, height, width) of a random crop of labels uint8 [H, W], no larger than the labels.
 
     A crop in which one class fills over `most` of the labeled pixels is drawn again, up to `redraws` times
     (Segmenter's 75% rule); so is a crop without labeled pixels.
@@ -660,7 +660,7 @@ class Segmenter(nn.Module):
 
 
 def build_model(args, classes):
-    """The Segmenter that the settings describe, on the CPU. Raises ValueError if sizes do not fit together."""
+    """The Segmenter that the settings describe, on the CPU. Raises ValueError if sizes do not fit."""
     encoder = train.build_encoder(args, args.crop, class_token=args.class_token)
     return Segmenter(encoder, classes, args.freeze, args.decoder)
 
@@ -774,7 +774,7 @@ def evaluate(model, source, args, split, names, rank, world_size, device):
     each (None where `scores` has NaN), and the confusion matrix. localization_miou: predictions are
     restricted to the classes in an image's truth. classification_map: the mean average precision of detecting
     which classes are in an image from the largest probability of any pixel. Exits with an error if an image
-    cannot be read.
+    cannot be read. The model must be in evaluation mode.
     """
     classes = len(names)
     matrices = torch.zeros(2, classes, classes, dtype=torch.long, device=device)
@@ -1057,10 +1057,10 @@ def main(args):
             say(
                 f"step {done}/{total_steps} epoch {done * args.batch / len(images):.1f} | loss "
                 f"{record['loss']:.3f} | lr {group['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for "
-                f"data {record['waiting']:.0%} | GPU memory {record['memory_gib']:.1f} GiB"
+                f"data {record['waiting']:.0%} | CUDA memory {record['memory_gib']:.1f} GiB"
             )
             if evaluate_now and not stopping:
-                if rank == 0:  # an evaluation can fail, at a damaged photo for example
+                if rank == 0:  # an evaluation can fail, for example on a damaged photo
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                 say(f"evaluating {len(val_images)} images")
                 model.eval()  # without stochastic depth
@@ -1085,7 +1085,7 @@ def main(args):
                 say(f"stopped: saved at step {done}; run the same command to resume")
                 train.end_processes()  # waits until the first one has saved
                 sys.exit(train.EXIT_STOPPED)
-            meter = train.Meter()  # the next means start here; evaluating and saving take none of their time
+            meter = train.Meter()  # start anew: evaluating and saving do not count as training time
 
     # ---- end ----
     train.end_processes()
@@ -1130,7 +1130,7 @@ def make_parser():
     g.add_argument("--small", **yes_no, help="a preset that matches train.py --small: small images and model, a quarter of an hour on one core")
     g.add_argument("--scenes", type=positive_int, default=400, help="number of drawn scenes to train on, without --data")
     g = parser.add_argument_group("weights and model")
-    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; default: none, or runs/scenes/last.pt without --data")
+    g.add_argument("--init", metavar="FILE", help="initial weights: from train.py, published (flax), or a ViT with the names of timm, DINO, iBOT, MAE, MoCo v3, I-JEPA or Hugging Face; none: from scratch; default: none, or without --data runs/scenes/last.pt if it exists")
     g.add_argument("--branch", default="teacher", choices=["teacher", "student"], help="which encoder to load if --init holds both")
     g.add_argument("--decoder", default="linear", choices=list(DECODERS), help="what maps patch tokens to class logits")
     g.add_argument("--freeze", **yes_no, help="train only the decoder (linear probe); needs a larger --lr")
@@ -1151,9 +1151,9 @@ def make_parser():
     g.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
     g.add_argument("--batch", type=positive_int, help="images per step, over all devices and micro-batches")
     g.add_argument("--accumulate", type=positive_int, default=1, help="micro-batches per step, to save memory")
-    g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: sgd, as in Segmenter, or adamw in presets; easier on small data")
-    g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: that of the data set or preset; for another optimizer {ADAMW['lr']}")
-    g.add_argument("--weight-decay", type=float_or_0, help=f"for matrices only; default: 0 for sgd, else {ADAMW['weight_decay']}")
+    g.add_argument("--optimizer", choices=list(train.OPTIMIZERS), help="default: adamw in presets, else sgd, as in Segmenter; adamw is easier to tune on small data")
+    g.add_argument("--lr", type=positive_float, help=f"peak learning rate; default: that of the preset, of the data set for sgd, else {ADAMW['lr']}")
+    g.add_argument("--weight-decay", type=float_or_0, help=f"tensors of one dimension, position embedding and class token have none; default: 0 for sgd, else {ADAMW['weight_decay']}")
     g.add_argument("--clip", type=float_or_0, default=0.0, help="maximum gradient norm; 0: no clipping, as in Segmenter")
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval-only", **yes_no, help="evaluate --checkpoint on --split and stop")
@@ -1261,7 +1261,7 @@ def parse_args(arguments=None):
     for key in () if training else OF_MODEL:
         if getattr(args, key) != found[key]:
             parser.error(
-                f"--{key.replace('_', '-')} (or --model): the model is that of the checkpoint; remove it"
+                f"--{key.replace('_', '-')} (or --model): the model is that of the checkpoint; drop this flag"
             )
     if training:
         train.settle_batch(args, parser)

@@ -612,8 +612,8 @@ def load_encoder(encoder, state):
     position embedding to the ViT's grid, and drops a class token if the ViT has none. Raises ValueError, and
     changes nothing, if weights and ViT do not fit together."""
     sizes = getattr(state, "sizes", None) or _vit_sizes(state)
-    if sizes["heads"] != encoder.heads and not getattr(state, "heads_assumed", True):
-        raise ValueError(f"its encoder has {sizes['heads']} heads, not {encoder.heads}")
+    if not getattr(state, "heads_assumed", True) and sizes["heads"] != encoder.heads:
+        raise ValueError(f"the weights have {sizes['heads']} heads, the encoder {encoder.heads}")
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     state = {key[len("encoder.") :]: value for key, value in state.items() if key.startswith("encoder.")}
     # The entry of the class token [1, 0 or 1, D] and those of the patches [1, N, D].
@@ -680,7 +680,7 @@ def read_torch_file(path):
         elif "TorchScript" in str(error):
             reason = "it is a TorchScript program; save only the state dict of torch.jit.load(FILE)"
         elif str(path).endswith(".npz"):
-            reason = "it is a NumPy archive; if timm has this model, save its state dict"
+            reason = "it is a NumPy archive; if timm has this model, save the state dict of timm's model"
         raise ValueError(reason) from error
 
 

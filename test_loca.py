@@ -624,7 +624,7 @@ def test_files_that_hold_no_vit_are_refused_in_one_line(content, said, tmp_path)
 def test_files_of_other_kinds_are_named_and_folders_hold_one_file(tmp_path, monkeypatch):
     np.savez(tmp_path / "augreg.npz", weight=np.ones(3))
     torch.jit.trace(nn.Linear(2, 2), torch.ones(2)).save(tmp_path / "program.pt")
-    kinds = {"augreg.npz": "NumPy archive.*save its state dict", "program.pt": "TorchScript .*state dict"}
+    kinds = {"augreg.npz": "NumPy archive.*save the state dict", "program.pt": "TorchScript .*state dict"}
     for name, said in {**kinds, "": "it is a folder; give the weights file"}.items():
         with pytest.raises(ValueError, match=said):
             loca.load_weights(tmp_path / name)
@@ -1250,7 +1250,7 @@ def dead_head(flat):
     return {name: x * np.float32(1e-30 if "projection_head" in name else 1) for name, x in flat.items()}
 
 
-NOT_LOADED = "starts from scratch: the file's is incomplete, of other shapes, or all zero"
+NOT_LOADED = "starts from scratch: in the file it is incomplete, has other shapes, or is all but zero"
 PREDICTOR, HEAD = ("loaded, {} of 22 tensors".format, "loaded, 7 of 7 tensors")
 PARTS_LOADED = {  # what is said of the student's predictor, its head, the teacher's head; what is not loaded
     "own": (PREDICTOR(22), HEAD, HEAD, "nothing"),
@@ -1920,7 +1920,7 @@ def test_masks_of_suim_are_cropped(tmp_path):
     data, _, _, said = open_part("suim", tmp_path, base_size=3)
     assert "downscaled" not in said
     assert data.read(2)[1].shape == (8, 5) and data.read(2)[1][0, :3].tolist() == [4, 1, 2]
-    assert "downscaled, short side 6 -> 2" in open_part("suim", tmp_path, base_size=2)[3]  # over twice
+    assert "downscaled (short side 6 -> 2)" in open_part("suim", tmp_path, base_size=2)[3]  # over twice
 
 
 @pytest.mark.parametrize("pattern, content, said, names", FAULTS)
@@ -2094,7 +2094,7 @@ def test_an_unreadable_image_ends_the_process(tmp_path):
 REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: flags of training; what is said
     ("{1} --data camvid:{0}", "3 classes, class 0, class 1, class 2; camvid:"), ("{1} --data folder:{0}/other", "use the same names in the same order"),
     ("{1} --depth 1", "--depth (or --model): the model is that of the checkpoint"), ("{2} --dim 48", "do not fit this encoder"),
-    ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"), ("{2} --heads 4", "its encoder has 3 heads, not 4"),
+    ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"), ("{2} --heads 4", "the weights have 3 heads, the encoder 4"),
 ]  # fmt: skip
 
 

@@ -39,10 +39,10 @@ EXIT_STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop and
 
 
 def fail(text, together=False):
-    """Exit with one line on stderr and exit code 1. together: all processes fail, and the first one prints."""
+    """Exit with code 1 and one line on stderr. together: all processes call this; only the first prints."""
     if together and dist.is_initialized():
         say(f"error: {text}", sys.stderr)
-        end_processes()  # before any exits, because torchrun then ends the others
+        end_processes()  # wait for all: when one exits with an error, torchrun ends the others
         sys.exit(1)
     sys.exit(f"error: {text}")
 
@@ -405,7 +405,7 @@ def jitter_steps(draws, c):
     """The color jitter from what was drawn for V views [11, V] and the constants: four operations
     x -> M x + b + f mean(x), in a different order for each view. Brightness is added, contrast scales about
     the channel mean, saturation scales about gray, and hue rotates by a part of the circle in YIQ. One view
-    in five is unchanged. Returns M [V, 4, 3, 3], b [V, 4, 1, 1], f [V, 4, 1, 1]."""
+    in five is not jittered. Returns M [V, 4, 3, 3], b [V, 4, 1, 1], f [V, 4, 1, 1]."""
     contrast, saturation, hue, brightness = draws[:4, :, None, None]  # V,1,1
     angle, (fixed, turned, across) = hue * 2 * math.pi, c["rotation"]
     matrices = {  # of the operations that are not the identity, V,3,3
@@ -433,7 +433,7 @@ def blur(x, chosen, sigma):
 
 
 def solarize(x, chosen, _):
-    """Invert values above 0.5."""
+    """Invert values above 0.5 in the chosen views."""
     top = 2 - chosen.float()[..., None, None]  # 2 changes nothing
     return torch.minimum(x, top - x)
 
@@ -460,8 +460,8 @@ def normalize(views):
 def augment(views, draws=None, **probabilities):
     """Random colors for a batch of views, each with its own parameters: uint8 [V, 3, s, s] -> normalized
     float32. Color jitter with values clipped to 0..1 after each operation, grayscale with probability 0.2,
-    then OPERATIONS with the given probabilities (released pipeline). draws: numbers in 0..1 that decide all
-    of it [11 + operations, V]; random if None. No value goes back to the host."""
+    then OPERATIONS with the given probabilities (released pipeline). draws: the random numbers in 0..1
+    for all of this [11 + operations, V]; drawn here if None. No value goes back to the host."""
     c = constants(views.device)
     if draws is None:
         draws = torch.rand(len(c["low"]) + len(OPERATIONS), len(views), device=views.device)
@@ -501,7 +501,7 @@ def to_views(batch, args, random_colors=True):
 
 
 def build_encoder(args, image_size, **more):
-    """The encoder that the settings of either script describe; another backbone is built here. `more` are
+    """The encoder that the settings of either script describe. Build another backbone here. `more` are
     further arguments of ViT. Raises ValueError if sizes do not fit together. Pretraining needs patch_size,
     grid, dim, heads, mlp_dim, forward(images, keep, position); fine-tuning patch_size, dim, forward(images).
     """
@@ -523,8 +523,8 @@ def build_model(args):
 
 
 def init_encoder(encoder, path, branch):
-    """Load the encoder of a branch from the file of --init, and say how -> the file's state dict. Exits with
-    an error if it does not fit."""
+    """Load the encoder of a branch from the file of --init, and print what was loaded -> the file's state
+    dict. Exits with an error if it does not fit."""
     try:
         weights = loca.load_weights(path, branch)
         loca.load_encoder(encoder, weights)
@@ -537,22 +537,22 @@ def init_encoder(encoder, path, branch):
 
 
 def init_head(head, weights, prefix):
-    """Load the projection head or the predictor if the weights hold all of it -> what was done, in words."""
+    """Load the projection head or the predictor if the weights hold all of it -> a message for the user."""
     own = head.state_dict()
     fits = {name: weights[prefix + name] for name in own if prefix + name in weights}
     fits = {name: x for name, x in fits.items() if x.shape == own[name].shape}
-    # The files that the authors offer may lack the predictor's last norm. Their head in loca_vbase_imnet1k
-    # has shrunk to about 1e-30: it would never learn again.
+    # The authors' files may lack the predictor's last norm. In loca_vbase_imnet1k, the weights of the head
+    # have shrunk to about 1e-30, so the head would never learn again.
     complete = all(name in fits or name.startswith("norm.") for name in own)
     if not complete or any(x.abs().max() < 1e-12 for x in fits.values() if x.ndim > 1):
-        return "starts from scratch: the file's is incomplete, of other shapes, or all zero"
+        return "starts from scratch: in the file it is incomplete, has other shapes, or is all but zero"
     head.load_state_dict({**own, **fits})
     return f"loaded, {len(fits)} of {len(own)} tensors"
 
 
 def init_from(path, networks):
-    """Initialize the model and the teacher, if any, from the file's student and teacher, and say how. The
-    whole encoder must fit; heads are loaded if they are complete and fit."""
+    """Initialize the model, and the teacher if there is one, from the file's student and teacher, and print
+    what was loaded. The whole encoder must fit; heads are loaded if they are complete and fit."""
     for name, module in networks.items():
         branch = "student" if name == "model" else "teacher"
         weights = init_encoder(module.get_submodule("encoder"), path, branch)
@@ -562,8 +562,8 @@ def init_from(path, networks):
 
 
 def weight_decay_groups(model, weight_decay, spared=()):
-    """Parameter groups with weight decay only on tensors with two or more dimensions, and not on those whose
-    names end with one of `spared`."""
+    """Parameter groups: weight decay applies only to tensors with two or more dimensions, and not to those
+    whose names end with one of `spared`."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -626,7 +626,7 @@ def init_distributed(name=None):
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
-        (torch.ones(1, device=device) + 1).item()  # not every card has its kernels in every build of PyTorch
+        (torch.ones(1, device=device) + 1).item()  # fails if this PyTorch has no kernels for the card
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: {str(error).splitlines()[0]}")
     if device.type == "cuda":
@@ -667,7 +667,7 @@ def explain_out_of_memory(remedies):
 
 
 def end_processes():
-    """Wait for all processes, because torchrun ends the others when one exits, and leave their group."""
+    """Wait for all processes, then leave their group: torchrun ends all when one exits with an error."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -683,8 +683,8 @@ def gather(value):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within the context, the stop signals are added to a list, which it yields: the loop then saves and exits.
-    Signals that are ignored (nohup) stay ignored. To end a process at once, use Ctrl-\\ (SIGQUIT)."""
+    """Within the context, stop signals are appended to a list, which it yields; the loop saves and exits.
+    Ignored signals (nohup) stay ignored. Repeating one has no effect; Ctrl-\\ (SIGQUIT) ends the process."""
     stop = []
     caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda number, _: stop.append(number)) for number in caught}
@@ -699,7 +699,7 @@ def catch_signals():
 
 
 class Meter:
-    """Means of named scalars and the speed. The host waits for the device only to read them."""
+    """Means of named scalars, and the speed, since the meter was made. Only `read` waits for the device."""
 
     def __init__(self):
         self.names, self.sums, self.count = (), 0, 0
@@ -758,8 +758,8 @@ class Log:
 
 
 def write_file(path, content):
-    """Write bytes, or what the function `content` writes to a file, under a temporary name, then rename it:
-    the file at `path` is always complete."""
+    """Write `content`, bytes or a function that writes to a file, to a temporary file, then rename that to
+    `path`, so that the file at `path` is always complete."""
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -807,7 +807,8 @@ def load_checkpoint(path, args, may_change, defaults, images, modules):
             module.load_state_dict(saved.pop(name))  # frees the memory
         say(f"resuming from {path} at step {saved['step']}")
     if len(set(gather(saved and saved["step"]))) > 1:
-        fail(f"--out {path.parent}: the processes see different checkpoints; machines must share this folder")
+        text = "the processes see different checkpoints; machines must share this folder"
+        fail(f"--out {path.parent}: {text}", together=True)
     return saved
 
 
@@ -815,10 +816,10 @@ def load_checkpoint(path, args, may_change, defaults, images, modules):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # compiled blocks have not seen these shapes
+@torch.compiler.set_stance("force_eager")  # do not compile again for the shapes of held-out batches
 def evaluate(model, teacher, read, args, device, indices):
-    """Means over held-out images of what LOCA returns -> dict of floats. read: returns an item of Views by
-    index. indices: this process's images; all processes must have equally many."""
+    """Means over held-out images of what LOCA returns -> dict of floats. Networks are in evaluation mode.
+    read: returns an item of Views by index. indices: this process's images, equally many in each process."""
     sums = 0.0
     for start in range(0, len(indices), 32):
         seed_all(args.seed, start)  # the same masks at each evaluation
@@ -832,8 +833,8 @@ def evaluate(model, teacher, read, args, device, indices):
 
 
 def with_chance(values, model, args):
-    """What LOCA returns as text, each value beside that of a model that has learned nothing, if known. Losses
-    of weight 0 are left out."""
+    """What LOCA returns, as text, with the chance level of each value if known. Losses of weight 0 are left
+    out."""
     cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
     chances = {
         "position_loss": math.log(model.positions),
@@ -849,8 +850,8 @@ def with_chance(values, model, args):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def draw_predictions(model, teacher, read, args, device, indices, side=160):
-    """Draw held-out images as puzzles, one a row: the reference with the query's outline, the query, and the
-    query's patches on the dimmed reference, first where they belong, then where the model puts them."""
+    """Draw held-out images as puzzles, one per row: the reference with the query's outline, the query, the
+    query where it belongs on the dimmed reference, and its patches there as the model places them."""
     seed_all(args.seed, 0)
     batch = default_collate([read(i) for i in indices])
     views = to_views(to_device(batch, device), args, random_colors=False)
@@ -935,12 +936,12 @@ def main(args, images=None):
     start_step = saved["step"] if saved else 0
     if start_step >= total_steps:
         say("note: this run is already finished; use a new --out for a new run")
-    if args.compile:  # parts of a step: all blocks share one graph for each number of tokens
+    if args.compile:  # only parts of the model: all blocks share one graph per number of tokens
         torch._dynamo.config.optimize_ddp = False  # do not split blocks at the boundaries of DDP's buckets
         for name, module in networks.named_modules():
             if re.fullmatch(r"(model|teacher)\.encoder\.blocks\.\d+|model\.predictor", name):
                 module.compile(dynamic=False)
-        # Fuses the operations on the large arrays of the feature loss.
+        # Compiling fuses the operations on the large arrays of the feature loss.
         model.assign_clusters = torch.compile(model.assign_clusters, dynamic=False)
         model.compare_clusters = torch.compile(model.compare_clusters, dynamic=False)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
@@ -961,7 +962,7 @@ def main(args, images=None):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
     saved_at, figures = time.monotonic(), {}
     val_views = Views(val_images, args)
-    held_out = functools.lru_cache(500)(lambda i: val_views[2**31, i])  # read once; 2**31 is no real epoch
+    held_out = functools.lru_cache(500)(lambda i: val_views[2**31, i])  # read once; no epoch is 2**31
     mine = range(len(val_images))[rank::world_size][: len(val_images) // world_size]  # for this process
 
     # ---- loop ----
@@ -1004,7 +1005,7 @@ def main(args, images=None):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             check_finite(record, done)
-            # Peak memory of this process on a CUDA device, else 0.
+            # Peak memory of PyTorch's CUDA allocator in this process; 0 without CUDA.
             record |= {"lr": group["lr"], "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
             stopping = done < total_steps and any(gather(bool(stop)))
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
@@ -1012,7 +1013,7 @@ def main(args, images=None):
             say(
                 f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {measured} | "
                 f"lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for data "
-                f"{record['waiting']:.0%} | GPU memory {record['memory_gib']:.1f} GiB | "
+                f"{record['waiting']:.0%} | CUDA memory {record['memory_gib']:.1f} GiB | "
                 f"{timedelta(seconds=round(seconds_left))} left"
             )
             if evaluate_now and mine and not stopping:
@@ -1034,7 +1035,7 @@ def main(args, images=None):
                 say(f"stopped: saved at step {done}; run the same command to resume")
                 end_processes()  # waits until the first one has saved
                 sys.exit(EXIT_STOPPED)
-            meter = Meter()  # the next means start here; evaluating and saving take none of their time
+            meter = Meter()  # start anew: evaluating and saving do not count as training time
 
     # ---- end ----
     end_processes()
@@ -1073,7 +1074,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (%(default)s)" if shown else action.help
 
 
-# What both scripts pass to argparse. The usage is printed with every error, so it is short.
+# Both scripts pass this to argparse. The usage is printed with every error, so keep it short.
 PARSER = {"usage": "%(prog)s [flags]   (--help lists them)", "formatter_class": Help}
 
 
@@ -1161,12 +1162,12 @@ def make_parser():
     g.add_argument("--lr", type=positive_float, default=0.001, help="peak learning rate at batch 1024; scaled by batch / 1024")
     g.add_argument("--warmup-epochs", type=float_or_0, default=15.0, help="epochs of linear warm-up, at most half the run")
     g.add_argument("--optimizer", default="adamw", choices=list(OPTIMIZERS), help="adamw is as published; sgd needs its own --lr")
-    g.add_argument("--weight-decay", type=float_or_0, default=0.1, help="weight decay, for matrices only")
+    g.add_argument("--weight-decay", type=float_or_0, default=0.1, help="weight decay; tensors of one dimension have none")
     g.add_argument("--clip", type=float_or_0, default=1.0, help="maximum gradient norm; 0: no clipping")
     g.add_argument("--momentum", "--teacher-momentum", type=below_1, default=0.996, help="momentum of the teacher, rising to 1; lower it for short runs")
     g = add_run_flags(parser)
     g.add_argument("--out", metavar="DIR", default="runs/pretrain", help="run folder; a run found there is resumed")
-    g.add_argument("--compile", **yes_no, help="torch.compile the colors, the blocks, the predictor and the feature loss: slow start, faster on GPUs; needs a C++ compiler")
+    g.add_argument("--compile", **yes_no, help="torch.compile the blocks, the predictor and the feature loss: slow start, faster on GPUs; needs a C++ compiler and, on GPUs, Triton")
     g.add_argument("--grad-checkpoint", type=int_or_0, nargs="?", default=0, const=1000, metavar="N", help="recompute the first N blocks, or all of them, in the backward pass: less memory, slower")
     g.add_argument("--keep", type=int_or_0, default=0, metavar="E", help="keep a checkpoint every E epochs; 0: only the last one")
     # fmt: on
@@ -1214,7 +1215,7 @@ def parse_args(arguments=None, own_images=False):
         # A backbone of your own has its own sizes: the checkpoint must record those.
         vars(args).update({name: getattr(encoder, name) for name in ("dim", "heads", "mlp_dim")})
     except ValueError as error:
-        parser.error(f"{error}: see --patch-size, --heads, --dim, --masking-ratio, --query-tokens")
+        parser.error(f"{error}: see --image-size, --patch-size, --heads, --dim, --query-tokens")
     return args
 
 

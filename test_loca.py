@@ -1431,6 +1431,10 @@ def test_a_damaged_checkpoint_is_refused_and_left(script, whole, tmp_path):
         save(path, damaged)
         assert f"{path}: it is " in fails(script, f"{whole[script][0]} --out {tmp_path}")
         assert path.read_bytes() == damaged
+    content = saved(whole[script][1])
+    content["model"].popitem()  # as after a change of the model's code
+    torch.save(content, path)
+    assert "does not fit this model: Error(s)" in fails(script, f"{whole[script][0]} --out {tmp_path}")
 
 
 @both_scripts

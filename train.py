@@ -501,19 +501,19 @@ def to_views(batch, args, random_colors=True):
 
 
 def build_encoder(args, image_size, **more):
-    """The encoder that the settings of either script describe. Build another backbone here. `more` are
-    further arguments of ViT. Raises ValueError if sizes do not fit together. Pretraining needs patch_size,
-    grid, dim, heads, mlp_dim, forward(images, keep, position); fine-tuning patch_size, dim, forward(images).
-    """
+    """The encoder that the settings of either script describe. `more` are further arguments of ViT. Raises
+    ValueError if sizes do not fit together. Pretraining needs patch_size, grid, dim, heads, mlp_dim,
+    forward(images, keep, position); fine-tuning needs patch_size, dim, forward(images)."""
     sizes = {name: getattr(args, name) for name in loca.SIZES["B/16"]}
-    return loca.ViT(image_size, **sizes, drop_path=args.drop_path, **more)
+    encoder = loca.ViT(image_size, **sizes, drop_path=args.drop_path, **more)  # or another backbone
+    if encoder.patch_size != args.patch_size:
+        raise ValueError(f"the encoder has patches of {encoder.patch_size} pixels, not {args.patch_size}")
+    return encoder
 
 
 def build_model(args):
     """The LOCA that the settings describe, on the CPU. Raises ValueError if sizes do not fit together."""
     encoder = build_encoder(args, args.image_size)
-    if encoder.patch_size != args.patch_size:
-        raise ValueError(f"the encoder has patches of {encoder.patch_size} pixels, not {args.patch_size}")
     encoder.grad_checkpoint = args.grad_checkpoint
     if args.position_std and hasattr(encoder, "pos_embed"):
         nn.init.normal_(encoder.pos_embed, std=args.position_std)
@@ -523,8 +523,7 @@ def build_model(args):
 
 
 def init_encoder(encoder, path, branch):
-    """Load the encoder of a branch from the file of --init, and print what was loaded -> the file's state
-    dict. Exits with an error if it does not fit."""
+    """Load a branch's encoder from the file of --init -> the file's state dict. Exits if it does not fit."""
     try:
         weights = loca.load_weights(path, branch)
         loca.load_encoder(encoder, weights)
@@ -803,8 +802,11 @@ def load_checkpoint(path, args, may_change, defaults, images, modules):
             fail(f"{path} was saved with {wrong[0]}; change it back or use a new --out")
         for key, flag in changed.items():
             say(f"resuming with {flag} {new[key]} (was {old[key]})")
-        for name, module in modules.items():
-            module.load_state_dict(saved.pop(name))  # frees the memory
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(saved.pop(name))  # frees the memory
+        except (KeyError, RuntimeError, ValueError) as error:  # the code has changed
+            fail(f"{path} does not fit this model: {' '.join(str(error).split())[:300]}")
         say(f"resuming from {path} at step {saved['step']}")
     if len(set(gather(saved and saved["step"]))) > 1:
         text = "the processes see different checkpoints; machines must share this folder"
@@ -833,8 +835,7 @@ def evaluate(model, teacher, read, args, device, indices):
 
 
 def with_chance(values, model, args):
-    """What LOCA returns, as text, with the chance level of each value if known. Losses of weight 0 are left
-    out."""
+    """What LOCA returns, as text, with known chance levels. Losses of weight 0 are left out."""
     cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
     chances = {
         "position_loss": math.log(model.positions),

@@ -461,6 +461,9 @@ def check_masks(part, rank, world_size):
     found = sum(train.gather(wrong), [])
     if found:
         fail(f"{len(found)} invalid masks, such as {min(found)}", together=True)
+    colors = {(k, *rgb) for palettes in train.gather(part.palettes or {}) for k, rgb in palettes.items()}
+    if len(colors) > len({color[0] for color in colors}):  # each process compared its own masks only
+        fail(f"the palettes of the masks differ; {LIST_THEM}", together=True)
     *pixels, short = sum(train.gather(counts))
     part.pixels = np.array(pixels)
     return short / len(part)
@@ -535,7 +538,6 @@ def scaled_size(height, width, short):
 
 def choose_crop(labels, crop, rng, most=0.75, redraws=10):
     """(top, left, height, width) of a random crop of labels uint8 [H, W], no larger than the labels.
-
     A crop in which one class fills over `most` of the labeled pixels is drawn again, up to `redraws` times
     (Segmenter's 75% rule); so is a crop without labeled pixels.
     """
@@ -901,7 +903,6 @@ def evaluate_only(args):
     args.precision = args.precision or train.default_precision(device)
     model, content = load_segmenter(args, device)
     classes, palette, out = content["classes"], content["palette"], Path(args.out)
-    # The classes and colors are those of the checkpoint, the images those of --data.
     (source,), _, _ = open_data(args, (args.split,), rank, world_size, classes)
     result = evaluate(model, source, args, args.split, classes, rank, world_size, device)
     report(result)
@@ -931,7 +932,7 @@ def predict(args):
     lines = "".join("{} {} {} {}\n".format(name, *color) for name, color in zip(classes, palette)).encode()
     listing, kinds = out / "classes.txt", ("mask", "labels", "overlay")
     taken = [path for result in photos for kind in kinds if os.path.exists(path := f"{result}_{kind}.png")]
-    if taken or (listing.exists() and listing.read_bytes() != lines):
+    if taken or (os.path.exists(listing) and listing.read_bytes() != lines):
         fail(f"--out {out}: {taken[0] if taken else listing} already exists; give another --out")
     train.gather(None)  # no process writes before all have looked
     if rank == 0:
@@ -1001,7 +1002,7 @@ def main(args):
     if saved and (saved["settings"]["name"], saved["classes"]) != (args.name, classes):
         fail(f"{out}/last.pt is of another data set or has other class names; use a new --out")
     if start_step >= total_steps:
-        say("note: this run is already finished; use a new --out, or add --eval-only")
+        say(f"note: this run is already finished; use a new --out, or --eval-only --checkpoint {out}/last.pt")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     # ---- log ----
@@ -1014,8 +1015,7 @@ def main(args):
         f"{len(val_images)} for validation, {len(classes)} classes\n{args.optimizer}, {trained:.2f} M trained "
         f"parameters; {total_steps} steps; start: {args.init}; in {out}"
     )
-    more = {"classes": classes, "palette": palette, "images": identity}
-    saved_at = time.monotonic()
+    more, saved_at = {"classes": classes, "palette": palette, "images": identity}, time.monotonic()
 
     # ---- loop ----
     epoch = math.ceil(args.batch / len(images)) * len(images)  # a large batch repeats images
@@ -1023,7 +1023,7 @@ def main(args):
     keys = train.step_keys(epoch, args.batch, args.seed, *steps, *parts)
     batches = train.read_batches(Samples(images, args), args.workers, device, batch_sampler=keys)
     remedies = f"--accumulate {2 * args.accumulate} or, if it was evaluating, a smaller --window"
-    with train.explain_out_of_memory(remedies), contextlib.closing(batches), train.catch_signals() as stop:
+    with train.catch_signals() as stop, train.explain_out_of_memory(remedies), contextlib.closing(batches):
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, args.lr)
@@ -1062,7 +1062,6 @@ def main(args):
             if evaluate_now and not stopping:
                 if rank == 0:  # an evaluation can fail, for example on a damaged photo
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
-                say(f"evaluating {len(val_images)} images")
                 model.eval()  # without stochastic depth
                 result = evaluate(model, val_images, args, "val", classes, rank, world_size, device)
                 report(result, done == total_steps, pixels)
@@ -1078,7 +1077,7 @@ def main(args):
                 model.train()
             if rank == 0:
                 log.write({"step": done, "epoch": done * args.batch / len(images), **record})
-                if stopping or done == total_steps or time.monotonic() - saved_at > 60 * args.save_minutes:
+                if stopping or evaluate_now or time.monotonic() - saved_at > 60 * args.save_minutes:
                     train.save_checkpoint(out / "last.pt", args, done, modules, best=best, **more)
                     saved_at = time.monotonic()
             if stopping:
@@ -1255,8 +1254,10 @@ def parse_args(arguments=None):
         parser.error(f"--data must be NAME:DIR with NAME in {', '.join(DATASETS)}; got {args.data!r}")
     if args.classes and args.name != "folder":
         parser.error("--classes works only with --data folder:DIR")
-    if args.folder and not args.predict and not os.path.isdir(args.folder):
-        parser.error(f"no such folder: {args.folder}; give --data NAME:DIR")
+    errors = []
+    list(os.walk(args.folder, onerror=errors.append) if args.folder and not args.predict else ())
+    if errors:
+        parser.error(f"--data {args.data}: cannot read {errors[0].filename}: {errors[0].strerror}")
     settle_sizes(args, given, parser)
     for key in () if training else OF_MODEL:
         if getattr(args, key) != found[key]:

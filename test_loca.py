@@ -934,7 +934,7 @@ def test_folders_without_images_and_those_that_cannot_be_read_are_named(photos, 
         ("images/a.jpg masks/a.png", "masks/ next to images/ holds masks; use --data DIR/images"), ("x/img/a.png x/gt_fine/b/a.png", "DIR/x/img"),
         ("s/JPEGImages/a.jpg s/SegmentationClass/a.png s/Annotations/a.xml", "use --data DIR/s/JPEGImages"), ("mask/a.jpg dog/a.jpg", None),
         ("train/a.png trainannot/a.png val/a.png valannot/a.png", "use --data DIR/train"), ("images/a.jpg labels/a.txt", None),
-        ("x/a.jpg x/a_mask.png", "x/a_mask.png is a mask"), ("a_mask.png b.jpg", None),
+        ("x/a.jpg x/a_mask.png", "x/a_mask.png is a mask"), ("a_mask.png b.jpg", None), ("img_dir/a.png ann_dir/a.png", "DIR/img_dir"),
     ],
 )  # fmt: skip
 def test_masks_are_not_trained_on(files, said, tmp_path):
@@ -1103,7 +1103,7 @@ IMPOSSIBLE = [  # one or two of each kind
     (train, "--batch 5 --accumulate 2", "--batch 5: use multiples"), (train, "--heads 5", "--heads"),
     (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--init no/file", "no/file"), (train, "--val .", "--val needs --data"),
     (train, "--position-weight 0 --feature-weight 0", "no loss to train"),
-    (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "no such folder: /nowhere"),
+    (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "cannot read /nowhere: No such file"),
     (finetune_seg, "--crop 100", "--crop 100: use multiples of the patch size, 8"),
     (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"), (finetune_seg, "--stride 200", "--stride"), (finetune_seg, "--fraction 3/2", "--fraction"),
     (finetune_seg, "--init no/file.pt", "No such file"),
@@ -1327,6 +1327,12 @@ def test_a_run_that_was_cut_short_ends_like_one_that_never_was(script, event, wh
         run(script, flags)
         assert equal(weights(tmp_path), weights(whole[script][1]))
         assert [*records(tmp_path)] == sorted({2, 3, 4, 6} | ({step} if code == 75 else set()))
+
+
+def test_the_best_evaluation_outlives_a_kill(whole, tmp_path):
+    flags = f"{whole[finetune_seg][0]} --out {tmp_path}"
+    codes, _ = start(finetune_seg, flags, 1, functools.partial(at_step, 4, "kill"))
+    assert codes == [-9] and saved(tmp_path)["best"] == saved(tmp_path, "best.pt")["best"] > 0
 
 
 @pytest.fixture(scope="session")
@@ -1900,7 +1906,7 @@ def test_few_pixels_may_have_colors_that_are_not_listed(tmp_path):
     assert "51 pixels (5.1%, at most 5% are ignored) belong to no" in fails_to(open_part, "camvid", tmp_path)
 
 
-def test_palettes_that_differ_are_refused_unless_colors_are_listed(tmp_path):
+def test_palettes_that_differ_are_refused_unless_colors_are_listed(tmp_path, monkeypatch):
     """An index of two colors is two classes."""
     small_folder(tmp_path)
     mask = Image.fromarray(columns([0] * 14 + [1], 20, 28), "P")
@@ -1910,6 +1916,9 @@ def test_palettes_that_differ_are_refused_unless_colors_are_listed(tmp_path):
         for name in names:
             mask.save(tmp_path / f"masks/train/{name}.png")
     assert open_part("folder", tmp_path)[0].pixels[:2].tolist() == [6 * 280, 6 * 280]
+    with monkeypatch.context() as patch:  # another process has seen another color
+        patch.setattr(train, "gather", lambda x: [x, {1: [9, 9, 9]}] if isinstance(x, dict) else [x])
+        assert "the palettes of the masks differ" in fails_to(open_part, "folder", tmp_path)
     mask.putpalette(bytes.fromhex("000000 00ff00"))
     mask.save(tmp_path / "masks/train/5.png")
     assert "the color of value 1 differs between palettes" in fails_to(open_part, "folder", tmp_path)

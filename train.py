@@ -50,8 +50,8 @@ def fail(text, together=False):
 # ----------------------------------------------------------------------------------------------------- images
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-MASKS = r"(.*[_-])?(masks?|annotations?|labels?)|ground_?truth.*|gt.*|segmentation(class|object).*|.*annot"
-PHOTOS = r"(.*[_-])?(images?|imgs?|photos?)|jpegimages|leftimg8bit|train|val|test"  # folders beside MASKS
+MASKS = r"(.*[_-])?(masks?|annotations?|labels?|semantic)|(ground_?truth|gt|segm|5_labels|ann_).*|.*annot"
+PHOTOS = r"(.*[_-])?(images?|imgs?|photos?|rgb)|jpegimages|leftimg8bit|img_dir|image_2|top|train|val|test"
 
 
 def find_images(folder, flag="--data", skip=None):
@@ -971,7 +971,7 @@ def main(args, images=None):
     keys = step_keys(len(train_images), args.batch, args.seed, start_step, total_steps, *shares)
     batches = read_batches(Views(train_images, args), args.workers, device, batch_sampler=keys)
     remedies = f"--accumulate {8 * args.accumulate} or --grad-checkpoint (now {per_device} images per device)"
-    with explain_out_of_memory(remedies), contextlib.closing(batches), catch_signals() as stop:
+    with catch_signals() as stop, explain_out_of_memory(remedies), contextlib.closing(batches):
         for step in range(start_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, warmup_steps, peak_lr)

@@ -691,7 +691,7 @@ def catch_signals():
         yield stop
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stop else handler)  # after a stop, the process exits
 
 
 # ---------------------------------------------------------------------------------------- log and checkpoints

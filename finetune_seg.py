@@ -11,7 +11,6 @@ import contextlib
 import functools
 import glob
 import itertools
-import json
 import math
 import os
 import re
@@ -263,7 +262,10 @@ def find_pairs(name, folder, split, patterns=None):
     """(image file, mask file) pairs of a split, in name order; `patterns` of --pairs replace the layouts.
     Exits with an error if files are missing."""
     data, layouts = DATASETS[name], [patterns] if patterns else DATASETS[name].layouts
-    where = f"--data {name}:{folder}"
+
+    def refuse(text):
+        fail(f"--data {name}:{folder}: {text}; {what_is_there(folder)}")
+
     # One layout serves all splits: the first one with files of any of them.
     for root, layout in itertools.product(places(data, folder), layouts):
         found = {x: find_split(root, layout, data, x) for x in list(SPLITS)[: len(data.splits)]}
@@ -271,7 +273,7 @@ def find_pairs(name, folder, split, patterns=None):
             break
     else:
         looked = ", ".join(dict.fromkeys(f"{x[0]} with {x[1].split('|')[0]}" for x in layouts))
-        fail(f"{where}: no images with masks; looked for {looked}; {what_is_there(folder)}")
+        refuse(f"no images with masks; looked for {looked}")
     if "{split}" not in str(layout):
         found = {"train": found["train"]}
     held_out = split != "test" and (len(found) == 1 or (name == "folder" and not found["val"][2]))
@@ -280,14 +282,13 @@ def find_pairs(name, folder, split, patterns=None):
     if lacking:
         key = lacking[0]
         first = f"{images[key]} has no mask" if key in images else f"{'/'.join(key)!r} has no image"
-        text = f"the {split} split lacks {len(lacking)} files: {first}; looked for {layout[1]}"
-        fail(f"{where}: {text}; {what_is_there(folder)}")
+        refuse(f"the {split} split lacks {len(lacking)} files: {first}; looked for {layout[1]}")
     pairs = [(images[key], masks[key]) for key in wanted]
     if held_out:
-        train.warn_once(f"{where}: no validation split, so every fifth image is held out")
+        train.warn_once(f"--data {name}:{folder}: no validation split, so every fifth image is held out")
         pairs = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
     if not pairs:
-        fail(f"{where}: no images for the {split} split; {what_is_there(folder)}")
+        refuse(f"no images for the {split} split")
     return pairs
 
 
@@ -476,7 +477,11 @@ def open_data(args, splits, rank, world_size, classes=None):
         counts, starts = {"train": args.scenes}, {"train": 0, "val": 10**6, "test": 2 * 10**6}
         seeds = [range(starts[x], starts[x] + counts.get(x, VAL_SCENES)) for x in splits]
         return [*map(DrawnScenes, seeds)], list(train.SCENE_CLASSES), list(train.SCENE_PALETTE)
-    data = DATASETS[args.name]
+    data, errors = DATASETS[args.name], []
+    for _ in os.walk(args.folder, onerror=errors.append):  # glob skips folders that it cannot read
+        pass
+    if errors:
+        fail(f"--data {args.data}: cannot read {errors[0].filename}: {errors[0].strerror}")
     if args.name == "folder":
         beside = [os.path.join(args.folder, os.path.dirname(args.pairs[1]))] if args.pairs else []
         data = read_class_list([*places(data, args.folder), *beside]) or data  # also beside the masks
@@ -909,7 +914,7 @@ def evaluate_only(args):
     say(f"writing {out}/results.json and predictions.png")
     if rank == 0:
         origin = {"checkpoint": args.checkpoint, "step": content["step"]}
-        train.write_file(out / "results.json", json.dumps({**origin, **result}, indent=1).encode())
+        train.write_file(out / "results.json", {**origin, **result})
         draw_sheet(out / "predictions.png", model, source, args, device, classes, palette)
     train.end_processes()
 
@@ -1008,7 +1013,7 @@ def main(args):
     # ---- log ----
     meter, log = train.Meter(), train.Log(out, start_step) if rank == 0 else None
     if rank == 0:
-        train.write_file(out / "settings.json", json.dumps(vars(args), indent=1).encode())
+        train.write_file(out / "settings.json", vars(args))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch}; {len(images)} of {whole} images, "
@@ -1071,8 +1076,7 @@ def main(args):
                 if rank == 0 and better:
                     train.save_checkpoint(out / "best.pt", args, done, {"model": model}, best=best, **more)
                 if rank == 0:
-                    content = json.dumps({"step": done, "best": best, **result}, indent=1)
-                    train.write_file(out / "results.json", content.encode())
+                    train.write_file(out / "results.json", {"step": done, "best": best, **result})
                     draw_sheet(out / "predictions.png", model, val_images, args, device, classes, palette)
                 model.train()
             if rank == 0:
@@ -1254,16 +1258,10 @@ def parse_args(arguments=None):
         parser.error(f"--data must be NAME:DIR with NAME in {', '.join(DATASETS)}; got {args.data!r}")
     if args.classes and args.name != "folder":
         parser.error("--classes works only with --data folder:DIR")
-    errors = []
-    list(os.walk(args.folder, onerror=errors.append) if args.folder and not args.predict else ())
-    if errors:
-        parser.error(f"--data {args.data}: cannot read {errors[0].filename}: {errors[0].strerror}")
     settle_sizes(args, given, parser)
     for key in () if training else OF_MODEL:
         if getattr(args, key) != found[key]:
-            parser.error(
-                f"--{key.replace('_', '-')} (or --model): the model is that of the checkpoint; drop this flag"
-            )
+            parser.error(f"--{key.replace('_', '-')} (or --model): the checkpoint decides the model; drop it")
     if training:
         train.settle_batch(args, parser)
     return args

@@ -674,7 +674,7 @@ def read_torch_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own for a damaged or unsafe file
-        reason = f"it is damaged, unreadable, or not of torch.save ({type(error).__name__})"
+        reason = f"it is damaged, unreadable, or not written by torch.save ({type(error).__name__})"
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {unsafe[1]} object, which could run code; save only the state dict"
         elif "TorchScript" in str(error):

@@ -5,6 +5,7 @@ They need no network and no GPU. Where there is a GPU, the tests with a device r
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import hashlib
 import io
@@ -26,6 +27,7 @@ import time
 import zlib
 from colorsys import hsv_to_rgb, rgb_to_hsv
 from fractions import Fraction
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -747,9 +749,14 @@ def compare(optimizer):
     assert both[0] == both[1]
 
 
+hang_up = functools.partial(os.system, "kill -HUP 0")  # as a closed terminal does, to the group
 ACTIONS = {
     "terminate": lambda _: [signal.raise_signal(x) for x in (signal.SIGUSR1, signal.SIGTERM)],  # as SLURM
-    "hang up": lambda _: (os.system("kill -HUP 0"), time.sleep(1)),  # as a closed terminal, to the group
+    "hang up": lambda _: (
+        hang_up(),
+        time.sleep(1),
+        Finalize(None, hang_up, exitpriority=0),
+    ),  # and at the end
     "exhaust": mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")),
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "spoil": lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan),
@@ -924,8 +931,8 @@ def test_folders_without_images_and_those_that_cannot_be_read_are_named(photos, 
     denied = mock.Mock(side_effect=PermissionError(13, "Permission denied", f"{tmp_path}/empty"))
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", lambda x: (denied if str(x).endswith("empty") else scan)(x))
-    said = fails(train, f"{TINY_TRAIN} --data {tmp_path}")
-    assert f"cannot read {tmp_path}/empty: Permission denied" in said
+    for script, flags in ((train, f"{TINY_TRAIN} --data "), (finetune_seg, f"{TINY_SEG} --data folder:")):
+        assert f"cannot read {tmp_path}/empty: Permission denied" in fails(script, f"{flags}{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -988,6 +995,19 @@ def test_step_keys_cover_each_epoch_once_and_are_shared_out(processes, accumulat
     for i, keys in enumerate(steps):
         parts = [share[i * accumulate : (i + 1) * accumulate] for share in shares]
         assert sorted(key for part in parts for micro in part for key in micro) == sorted(keys)
+
+
+class Fragile(list):
+    def __getitem__(self, i):  # Python's cleanup will abort the process, as it can while tensors are sent
+        ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort)
+
+
+def test_workers_end_without_pythons_cleanup():
+    batches = train.read_batches(Fragile(), 1, torch.device("cpu"), batch_size=None, sampler=[0])
+    assert next(batches) is None
+    (worker,) = multiprocessing.active_children()
+    batches.close()
+    assert worker.exitcode == 0
 
 
 def test_targets_follow_the_pixels():
@@ -1080,13 +1100,17 @@ def test_schedules_and_seeds_reach_the_steps(tmp_path, monkeypatch):
         assert {p.ndim > 1 for p in decayed["params"]} == {True} and {p.ndim for p in free["params"]} == {1}
 
 
-def test_settings_reach_the_model():
+def test_settings_reach_the_model(monkeypatch):
     settings = {"masking": "first", "query_tokens": 3, "student_temperature": 0.3, "teacher_temperature": 0.2}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
     model = train.build_model(train_args(*flags, "--masking-ratio 0.5 --position-std 3 --grad-checkpoint 1"))
     assert {name: getattr(model, name) for name in settings} == settings and model.visible_tokens == 8
     assert model.encoder.grad_checkpoint == 1 and 2 < model.encoder.pos_embed.std() < 4
     assert tiny(prototypes=0, single_image=True).masking == "unstructured"
+    args = train_args()
+    monkeypatch.setattr(loca, "ViT", lambda *_, **__: SimpleNamespace(patch_size=99))
+    with pytest.raises(ValueError, match="patches of 99 pixels, not 8"):
+        train.build_encoder(args, 32)
 
 
 def test_presets_give_way_to_what_is_told(tmp_path):
@@ -1101,15 +1125,11 @@ def test_presets_give_way_to_what_is_told(tmp_path):
 IMPOSSIBLE = [  # one or two of each kind
     (train, "--image-size 100", "the patch size 8 does not divide the image size 100x100"), (train, "--focal-size 20", "--focal-size 20: use multiples of the patch size, 8"),
     (train, "--batch 5 --accumulate 2", "--batch 5: use multiples"), (train, "--heads 5", "--heads"),
-    (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--init no/file", "no/file"), (train, "--val .", "--val needs --data"),
-    (train, "--position-weight 0 --feature-weight 0", "no loss to train"),
-    (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "cannot read /nowhere: No such file"),
-    (finetune_seg, "--crop 100", "--crop 100: use multiples of the patch size, 8"),
+    (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--init no/file", "no/file"), (train, "--val .", "--val needs --data"), (train, "--position-weight 0 --feature-weight 0", "no loss to train"),
+    (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "cannot read /nowhere: No such file"), (finetune_seg, "--crop 100", "--crop 100: use multiples of the patch size, 8"),
     (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"), (finetune_seg, "--stride 200", "--stride"), (finetune_seg, "--fraction 3/2", "--fraction"),
-    (finetune_seg, "--init no/file.pt", "No such file"),
-    (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"),
-    (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--checkpoint best.pt", "--init"),
-    (finetune_seg, "--pairs a/*.png b/*.png", "--data must be NAME:DIR"),
+    (finetune_seg, "--init no/file.pt", "No such file"), (finetune_seg, "--heads 5", "--heads"), (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"),
+    (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--checkpoint best.pt", "--init"), (finetune_seg, "--pairs a/*.png b/*.png", "--data must be NAME:DIR"),
 ]  # fmt: skip
 
 
@@ -1245,11 +1265,6 @@ def test_files_are_never_half_written(tmp_path):
     assert saved(tmp_path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-def dead_head(flat):
-    """As in loca_vbase_imnet1k, where it decayed."""
-    return {name: x * np.float32(1e-30 if "projection_head" in name else 1) for name, x in flat.items()}
-
-
 NOT_LOADED = "starts from scratch: in the file it is incomplete, has other shapes, or is all but zero"
 PREDICTOR, HEAD = ("loaded, {} of 22 tensors".format, "loaded, 7 of 7 tensors")
 PARTS_LOADED = {  # what is said of the student's predictor, its head, the teacher's head; what is not loaded
@@ -1265,12 +1280,16 @@ PARTS_LOADED = {  # what is said of the student's predictor, its head, the teach
 def test_start_from_weights(kind, whole, tmp_path, capsys):
     """Steps that change next to nothing show what was loaded."""
     path, sizes, (*parts, left) = tmp_path / "weights", "--image-size 32", PARTS_LOADED[kind]
+
+    def decayed(flat):  # as the head of loca_vbase_imnet1k
+        return {name: x * np.float32(1e-30 if "projection_head" in name else 1) for name, x in flat.items()}
+
     if kind == "own":
         shutil.copy(whole[train][1] / "last.pt", path)
     elif kind == "encoder":
         torch.save(loca.ViT(64, 8, 16, 2, 2, 16).state_dict(), path)
     else:
-        change = {"released": dict, "offered": without("final_norm"), "dead head": dead_head}[kind]
+        change = {"released": dict, "offered": without("final_norm"), "dead head": decayed}[kind]
         write_flax(path, kind == "offered", change)
         sizes = f"--image-size {32 if kind == 'released' else 224} --patch-size 16 --dim 32 --heads 4"
         sizes += " --mlp-dim 64 --batch 2 --focal-size 32 --prototypes 48 --head-hidden 40 --bottleneck 16"
@@ -1305,8 +1324,7 @@ def test_the_readmes_snippets_run(whole, photos, tmp_path, monkeypatch):
 
 
 EVENTS = [  # what happens at which step; processes, and to which of them; exit code; what is said
-    ("terminate", 3, 1, None, 75, "stopped: saved at step 3"), ("hang up", 5, 1, None, 75, "stopped: saved at step 5"),
-    ("kill", 5, 1, None, -9, ""),
+    ("terminate", 3, 1, None, 75, "stopped: saved at step 3"), ("hang up", 5, 1, None, 75, "stopped: saved at step 5"), ("kill", 5, 1, None, -9, ""),
     ("spoil", 5, 1, None, 1, "^error: .*not finite in the steps up to 6.*--lr"), ("spoil", 5, 2, "1", 1, "^error: .*not finite in the steps up to 6.*--lr"),
     ("exhaust", 5, 1, None, 1, "^error: out of memory; the last checkpoint is intact.*--accumulate"),
 ]  # fmt: skip
@@ -2106,7 +2124,7 @@ def test_an_unreadable_image_ends_the_process(tmp_path):
 
 REFUSED = [  # flags; {0}: folder with files, {1}: flags of an evaluation, {2}: flags of training; what is said
     ("{1} --data camvid:{0}", "3 classes, class 0, class 1, class 2; camvid:"), ("{1} --data folder:{0}/other", "use the same names in the same order"),
-    ("{1} --depth 1", "--depth (or --model): the model is that of the checkpoint"), ("{2} --dim 48", "do not fit this encoder"),
+    ("{1} --depth 1", "--depth (or --model): the checkpoint decides the model"), ("{2} --dim 48", "do not fit this encoder"),
     ("--predict {0} --checkpoint {0}/w.pt", "w.pt: it is not a checkpoint of this script"), ("{2} --heads 4", "the weights have 3 heads, the encoder 4"),
 ]  # fmt: skip
 

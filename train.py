@@ -6,6 +6,7 @@ the seed and on its step or image, so a resumed run continues as if it had never
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -68,8 +69,8 @@ def find_images(folder, flag="--data", skip=None):
         images = [f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
         below = f"{os.path.relpath(parent, folder)}/".removeprefix("./")
         names += [os.fsencode(below + name) for name in images]
-    for error in errors:
-        fail(f"{flag} {folder}: cannot read {error.filename}: {error.strerror}")
+    if errors:
+        fail(f"{flag} {folder}: cannot read {errors[0].filename}: {errors[0].strerror}")
     if not names:
         fail(f"{flag} {folder}: no images found ({', '.join(EXTENSIONS)})")
     refuse_masks(folder, flag, names)
@@ -346,17 +347,22 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
             yield [(epoch, int(index)) for index in part]
 
 
+def exit_at_once(_):
+    """Let a loader worker skip Python's cleanup, which can abort it while a thread still sends tensors."""
+    atexit.register(os._exit, 0)
+
+
 def read_batches(dataset, workers, device, **sampling):
     """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
     batch_size. The workers live until the generator is closed. Exits with an error if one of them fails."""
-    spawn = "spawn" if workers else None  # forking with running threads can hang
-    kind = {"num_workers": workers, "multiprocessing_context": spawn, "pin_memory": device.type == "cuda"}
-    loader = DataLoader(dataset, **kind, **sampling)
+    kind = {"num_workers": workers, "pin_memory": device.type == "cuda", **sampling}
+    if workers:  # forking with running threads can hang
+        kind |= {"multiprocessing_context": "spawn", "worker_init_fn": exit_at_once}
     # Terminals and schedulers send these signals to all processes, but only the main process handles them.
     # Workers inherit the mask that blocks them, so the generator must be closed, which shuts them down.
     resource_tracker.ensure_running()  # before the mask is set: starting it unblocks some signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    iterator = iter(loader)
+    iterator = iter(DataLoader(dataset, **kind))
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from iterator
@@ -538,8 +544,8 @@ def init_encoder(encoder, path, branch):
 def init_head(head, weights, prefix):
     """Load the projection head or the predictor if the weights hold all of it -> a message for the user."""
     own = head.state_dict()
-    fits = {name: weights[prefix + name] for name in own if prefix + name in weights}
-    fits = {name: x for name, x in fits.items() if x.shape == own[name].shape}
+    found = ((name, weights.get(prefix + name)) for name in own)
+    fits = {name: x for name, x in found if x is not None and x.shape == own[name].shape}
     # The authors' files may lack the predictor's last norm. In loca_vbase_imnet1k, the weights of the head
     # have shrunk to about 1e-30, so the head would never learn again.
     complete = all(name in fits or name.startswith("norm.") for name in own)
@@ -561,8 +567,7 @@ def init_from(path, networks):
 
 
 def weight_decay_groups(model, weight_decay, spared=()):
-    """Parameter groups: weight decay applies only to tensors with two or more dimensions, and not to those
-    whose names end with one of `spared`."""
+    """Parameter groups. Tensors of one dimension or with names that end in `spared` have no weight decay."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -731,8 +736,7 @@ def check_finite(record, done):
     if not math.isfinite(record["gradient_norm"]):
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         text = f"the loss or its gradient was not finite in the steps up to {done} ({values})"
-        remedy = "use a smaller --lr or --precision float32"
-        fail(f"{text}; the last checkpoint is intact: {remedy}", together=True)
+        fail(f"{text}; the last checkpoint is intact: lower --lr or use --precision float32", together=True)
 
 
 class Log:
@@ -757,9 +761,10 @@ class Log:
 
 
 def write_file(path, content):
-    """Write `content`, bytes or a function that writes to a file, to a temporary file, then rename that to
-    `path`, so that the file at `path` is always complete."""
+    """Write `content` to a temporary file, then rename that to `path`, so that the file at `path` is always
+    complete. content: bytes, a dict (written as JSON), or a function that writes to a file."""
     partial = Path(f"{path}.partial")
+    content = json.dumps(content, indent=1).encode() if isinstance(content, dict) else content
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -781,10 +786,9 @@ def save_checkpoint(path, args, step, modules, **more):
 
 
 def load_checkpoint(path, args, may_change, defaults, images, modules):
-    """Resume: load the states of `modules` from a checkpoint -> its contents, or None if there is no such
-    file. Exits with an error if it is damaged or of another run; prints which flags have changed. may_change:
-    names of the flags that may differ from those of the checkpoint. defaults: of all flags; a flag that the
-    checkpoint does not know had its default. images: the result of `identify`."""
+    """Load the states of `modules` from a checkpoint -> its contents, or None if there is no such file. Exits
+    with an error if it is damaged or of another run. may_change: flags that may differ from the checkpoint's.
+    defaults: of all flags, for those that the checkpoint lacks. images: the result of `identify`."""
     saved = None
     if os.path.exists(path):
         try:
@@ -809,8 +813,7 @@ def load_checkpoint(path, args, may_change, defaults, images, modules):
             fail(f"{path} does not fit this model: {' '.join(str(error).split())[:300]}")
         say(f"resuming from {path} at step {saved['step']}")
     if len(set(gather(saved and saved["step"]))) > 1:
-        text = "the processes see different checkpoints; machines must share this folder"
-        fail(f"--out {path.parent}: {text}", together=True)
+        fail(f"--out {path.parent}: processes see different checkpoints; all must share it", together=True)
     return saved
 
 
@@ -834,15 +837,8 @@ def evaluate(model, teacher, read, args, device, indices):
     return dict(zip(losses, means))
 
 
-def with_chance(values, model, args):
+def with_chance(values, model, chances):
     """What LOCA returns, as text, with known chance levels. Losses of weight 0 are left out."""
-    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
-    chances = {
-        "position_loss": math.log(model.positions),
-        "position_accuracy": 1 / model.positions,
-        "position_distance": torch.cdist(cells, cells).mean().item(),
-        "cross_entropy": math.log(args.prototypes),
-    }
     chances = {name: f" (chance {level:.3g})" for name, level in chances.items()}
     values = {k: x for k, x in values.items() if getattr(model, k.replace("_loss", "_weight"), 1)}
     return " | ".join(f"{name} {value:.3g}{chances.get(name, '')}" for name, value in values.items())
@@ -950,20 +946,25 @@ def main(args, images=None):
     # ---- log ----
     meter, log = Meter(), Log(out, start_step) if rank == 0 else None
     if rank == 0:
-        write_file(out / "settings.json", json.dumps(vars(args), indent=1).encode())
+        write_file(out / "settings.json", vars(args))
     per_device = args.batch // world_size // args.accumulate
-    size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     say(
         f"{world_size} x {device.type}, {args.precision}; batch {args.batch} = {per_device} images per "
         f"device x {world_size} x {args.accumulate} accumulated\n{len(train_images)} images, "
-        f"{steps_per_epoch} steps per epoch, {len(val_images)} held out; encoder of {size:.1f} M parameters; "
-        f"{total_steps} steps; in {out}"
+        f"{steps_per_epoch} steps per epoch, {len(val_images)} held out; {total_steps} steps; in {out}; "
+        f"encoder of {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M parameters"
     )
     if (args.data or images) and len(train_images) < 20000 and not (args.small or args.init):
         say("note: with few images, --small or --init FILE (such as the published weights) works better")
+    cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in model.encoder.grid))
+    chances = {  # what LOCA returns for a model that has learned nothing
+        "position_loss": math.log(model.positions),
+        "position_accuracy": 1 / model.positions,
+        "position_distance": torch.cdist(cells, cells).mean().item(),
+        "cross_entropy": math.log(args.prototypes),
+    }
     saved_at, figures = time.monotonic(), {}
-    val_views = Views(val_images, args)
-    held_out = functools.lru_cache(500)(lambda i: val_views[2**31, i])  # read once; no epoch is 2**31
+    held_out = functools.lru_cache(500)(lambda i: Views(val_images, args)[2**31, i])  # no epoch is 2**31
     mine = range(len(val_images))[rank::world_size][: len(val_images) // world_size]  # for this process
 
     # ---- loop ----
@@ -1006,11 +1007,10 @@ def main(args, images=None):
                 continue
             record = {"gradient_norm": gradient_norm.item(), **meter.read(args.batch / args.accumulate)}
             check_finite(record, done)
-            # Peak memory of PyTorch's CUDA allocator in this process; 0 without CUDA.
             record |= {"lr": group["lr"], "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
             stopping = done < total_steps and any(gather(bool(stop)))
             seconds_left = (total_steps - done) * args.batch / record["images_per_second"]
-            measured = with_chance({name: record[name] for name in losses}, model, args)
+            measured = with_chance({name: record[name] for name in losses}, model, chances)
             say(
                 f"step {done}/{total_steps} epoch {done / steps_per_epoch:.1f} | {measured} | "
                 f"lr {record['lr']:.1e} | {record['images_per_second']:.1f} img/s | waiting for data "
@@ -1022,7 +1022,7 @@ def main(args, images=None):
                 figures = evaluate(model, teacher, held_out, args, device, mine)
                 networks.train()
                 record |= {f"val_{name}": value for name, value in figures.items()}
-                say(f"held out | {with_chance(figures, model, args)}")
+                say(f"held out | {with_chance(figures, model, chances)}")
             if rank == 0:
                 log.write({"step": done, "epoch": done / steps_per_epoch, **record})
                 if keep_now:

@@ -796,5 +796,9 @@ def _check_fit(own, state, problem, renames=(), prefix=""):
 
 
 if __name__ == "__main__":  # python loca.py FILE prints what a weights file holds
-    for entry, content in read_entries(sys.argv[1]).items():
+    try:
+        entries = read_entries(sys.argv[1])
+    except Exception as error:  # a damaged file can make a reader raise anything
+        sys.exit(f"error: cannot read {' '.join(sys.argv[1:]) or 'FILE'}: {error}")
+    for entry, content in entries.items():
         print(entry, tuple(content.shape) if torch.is_tensor(content) else content)

@@ -633,9 +633,13 @@ def test_files_of_other_kinds_are_named_and_folders_hold_one_file(tmp_path, monk
     state = foreign_vit().state_dict()
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert torch.equal(loca.load_weights(tmp_path)["encoder.norm.bias"], state["norm.bias"])
-    command = [sys.executable, loca.__file__, tmp_path]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[0].startswith("cls_token (1, 1, 24)") and len(lines) == len(state)
+    for name, lines in {"": len(state), "augreg.npz": 0}.items():
+        command = [sys.executable, loca.__file__, tmp_path / name]
+        shown = subprocess.run(command, capture_output=True, text=True)
+        assert len(shown.stdout.splitlines()) == lines and shown.stdout[:20] in ("", "cls_token (1, 1, 24)")
+        assert lines or re.fullmatch(
+            "error: cannot read .*augreg.npz: it is a NumPy archive.*\n", shown.stderr
+        )
     monkeypatch.setitem(sys.modules, "msgpack", None)  # a package that is not installed
     (tmp_path / "checkpoint").write_bytes(b"\x81\xa6params")
     with pytest.raises(ImportError, match="pip install msgpack"):
@@ -1777,20 +1781,16 @@ FAULTS = [  # files that are written or removed, what is said about them; names 
     ("masks/train/2.png", columns([9], 20, 28), "masks/train/2.png: 560 pixels .*, such as 9", b"a\nb\nc"),
     ("masks/train/1.png", columns([0], 24, 32), "1.png: it is 32x24 .* but its image is 28x20", None),
     ("masks/train/0.png", columns(["ff0000"], 20, 28), "0.png: no class indices in a PNG file of mode RGB; .*classes.txt", None),
-    ("masks/train/4.png", b"no picture", "4.png: cannot identify", None),
-    ("images/train/4.png", b"no picture", "4.png: cannot identify image file .*images/train/4.png", None),
+    ("masks/train/4.png", b"no picture", "4.png: cannot identify", None), ("images/train/4.png", b"no picture", "4.png: cannot identify image file .*images/train/4.png", None),
     ("masks/train/[0-4].png", None, r"lacks 5 files: \S+images/train/0.png has no mask; looked for masks/{split}/\S+; ((?!--pairs).)*$", None),
     ("masks/train/*.jpg", columns([0], 20, 28), "5.jpg: no class indices in a JPEG file of mode L; .*classes.txt", None),
     ("images/train/0.jpg", columns([0], 20, 28), "0.(jpg|png).*0.(jpg|png) have the same name", None),
     ("masks/train/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: train has fewer than two classes .*object 255", None),
     ("masks/val/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: val has fewer than two classes .255 means ignored", b"a\nb\nc"),
-    ("masks/*/*.png", columns([0, 128], 20, 28), "0, 128: .* without gaps", None),
-    ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "0, 1, 255: .*255 .ignored. rare", None),
+    ("masks/*/*.png", columns([0, 128], 20, 28), "0, 128: .* without gaps", None), ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "0, 1, 255: .*255 .ignored. rare", None),
     ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: .* up to 63", None),
-    ("classes.txt", b"cat\nignore\n", "classes.txt: 1 classes; list 2 to 253", None),
-    ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "classes.txt: cannot read 'cat 300 0 0'", None),
-    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "no name or color twice", None),
-    ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
+    ("classes.txt", b"cat\nignore\n", "classes.txt: 1 classes; list 2 to 253", None), ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "classes.txt: cannot read 'cat 300 0 0'", None),
+    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "no name or color twice", None), ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
     ("masks/*/*.png", None, "no images with masks; looked for .*; images/train/ holds 6 files such as 0.png; ", None),
 ]
 COLORS = [  # data set, class list, colors and their labels

@@ -813,7 +813,7 @@ def load_checkpoint(path, args, may_change, defaults, images, modules):
             fail(f"{path} does not fit this model: {' '.join(str(error).split())[:300]}")
         say(f"resuming from {path} at step {saved['step']}")
     if len(set(gather(saved and saved["step"]))) > 1:
-        fail(f"--out {path.parent}: processes see different checkpoints; all must share it", together=True)
+        fail(f"--out {path.parent}: processes see different checkpoints; they must share it", together=True)
     return saved
 
 

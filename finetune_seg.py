@@ -336,8 +336,9 @@ def read_class_list(folders):
     number = r"[\s:,;]+(\d+)"
     entries = [re.fullmatch(f"(.+?){number}(?:{number * 2})?(?::.*)?", line) for line in names]
     # "lane 1" and "lane 2" are two names, not one class with two gray values.
-    differ = all(entries) and len({entry[1] for entry in entries}) == len(entries)
-    if differ or any(entry and entry[3] for entry in entries):  # all lines have a gray value or a color
+    numbered = [entry[1] for entry in entries if entry]
+    differ = 1 < len(numbered) == len(set(numbered))
+    if differ or any(entry and entry[3] for entry in entries):  # all lines need a gray value or a color
         for line, entry in zip(names, entries):
             if not entry or max(map(int, entry.groups("0")[1:])) > 255:
                 fail(f"{path}: cannot read {line!r}; write NAME R G B or NAME GRAY, 0 to 255, in every line")

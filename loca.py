@@ -778,12 +778,17 @@ def _vit_sizes(state, heads=None, image_size=None, depth=None):
 
 
 def _check_fit(own, state, problem, renames=(), prefix=""):
-    """Raise a ValueError, `problem` and names as in the file, unless a state dict has all tensors of a ViT in
-    their shapes (`own`) and no other part of a ViT. Other projects' heads, decoders and buffers may stay."""
+    """Raise a ValueError, `problem` and names as in the file, unless a state dict has all tensors of a ViT
+    (`own`), in their shapes and with finite floating-point values, and no other part of a ViT. Other
+    projects' heads, decoders and buffers may stay."""
     part_of_vit = r"(encoder\.)?(blocks|patch_embed|norm|norm_pre|reg\w*_tokens?|cls_token|dist_token)\b"
+    given = {key: state[key] for key in own if key in state}
     lists = {
-        "missing": own.keys() - state.keys(),
-        "with a different shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+        "missing": own.keys() - given.keys(),
+        "with a different shape": [key for key, x in given.items() if x.shape != own[key].shape],
+        "not finite numbers": [
+            k for k, x in given.items() if not (x.is_floating_point() and x.isfinite().all())
+        ],
         "unknown": [key for key in state if key not in own and re.match(part_of_vit, key)],
     }
     for kind, names in lists.items():

@@ -554,6 +554,7 @@ ONE_BRANCH = list(WEIGHT_FILES)[-5:]
 MISFITS = [  # width and depth of the ViT; what differs in the weights of one of width 24 and depth 2
     (24, 3, {}, r"missing: blocks\.2"), (24, 1, {}, r"blocks\.1\."), (48, 2, {}, "shape: .*blocks"), (24, 2, {"reg_token": FEW}, "reg_token"),
     (24, 2, {"blocks.0.ls1.gamma": FEW}, "blocks.0.ls1.gamma"), (24, 2, {"pos_embed": torch.ones(1, 15, 24)}, "15 .*not a square"),
+    (24, 2, {"norm.weight": torch.full((24,), math.nan)}, "not finite numbers: norm.weight"), (24, 2, {"norm.bias": torch.ones(24).long()}, "numbers: norm.bias"),
 ]  # fmt: skip
 UNREADABLE = [
     (nn.Linear(2, 2), "torch.nn.modules.linear.Linear object"), ([FEW], "it holds a list"), ({"epoch": 3, "net": {"stem": FEW}}, "it holds epoch, net"),
@@ -762,6 +763,7 @@ ACTIONS = {
         Finalize(None, hang_up, exitpriority=0),
     ),  # and at the end
     "exhaust": mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")),
+    "lose a worker": lambda _: (time.sleep(1), multiprocessing.active_children()[0].kill(), time.sleep(1)),
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "spoil": lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan),
     "compare": compare,
@@ -1175,6 +1177,8 @@ def test_lines_are_printed_whatever_the_stream_is():
     with open(writer, "w") as left:
         train.show("one", left)
         train.show("two", left)
+    with mock.patch.object(sys, "stdout", None):  # closed
+        train.show("three")
 
 
 def test_damaged_lines_of_the_log_are_dropped(tmp_path, capsys):
@@ -1330,7 +1334,7 @@ def test_the_readmes_snippets_run(whole, photos, tmp_path, monkeypatch):
 EVENTS = [  # what happens at which step; processes, and to which of them; exit code; what is said
     ("terminate", 3, 1, None, 75, "stopped: saved at step 3"), ("hang up", 5, 1, None, 75, "stopped: saved at step 5"), ("kill", 5, 1, None, -9, ""),
     ("spoil", 5, 1, None, 1, "^error: .*not finite in the steps up to 6.*--lr"), ("spoil", 5, 2, "1", 1, "^error: .*not finite in the steps up to 6.*--lr"),
-    ("exhaust", 5, 1, None, 1, "^error: out of memory; the last checkpoint is intact.*--accumulate"),
+    ("lose a worker", 4, 1, None, 1, "^error: cannot read the images: .*--workers"), ("exhaust", 5, 1, None, 1, "^error: out of memory; the last checkpoint is intact.*--accumulate"),
 ]  # fmt: skip
 
 
@@ -1339,7 +1343,7 @@ EVENTS = [  # what happens at which step; processes, and to which of them; exit 
 def test_a_run_that_was_cut_short_ends_like_one_that_never_was(script, event, whole, tmp_path):
     """At the end of an epoch, or in the middle of one and of a log window. No worker outlives it."""
     action, step, processes, rank, code, words = event
-    workers = int(action == "hang up" or (action == "kill" and script is train))
+    workers = int(action in ("hang up", "lose a worker") or (action == "kill" and script is train))
     flags = f"{whole[script][0]} --save-minutes 0 --workers {workers} --out {tmp_path}"
     codes, said = start(script, flags, processes, functools.partial(at_step, step, action, rank))
     assert codes == [code] * processes and re.search(words, said, re.MULTILINE), said
@@ -1790,7 +1794,7 @@ FAULTS = [  # files that are written or removed, what is said about them; names 
     ("masks/*/*.png", columns([0, 128], 20, 28), "0, 128: .* without gaps", None), ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "0, 1, 255: .*255 .ignored. rare", None),
     ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: .* up to 63", None),
     ("classes.txt", b"cat\nignore\n", "classes.txt: 1 classes; list 2 to 253", None), ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "classes.txt: cannot read 'cat 300 0 0'", None),
-    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "no name or color twice", None), ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
+    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "no name or color twice", None), ("classes.txt", b"a 0\nb 2\nc", "cannot read 'c'; write NAME R G B or", None), ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
     ("masks/*/*.png", None, "no images with masks; looked for .*; images/train/ holds 6 files such as 0.png; ", None),
 ]
 COLORS = [  # data set, class list, colors and their labels

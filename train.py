@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from multiprocessing import resource_tracker
+from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -347,31 +347,34 @@ def step_keys(images, batch, seed, first, last, rank=0, world_size=1, accumulate
             yield [(epoch, int(index)) for index in part]
 
 
-def exit_at_once(_):
-    """Let a loader worker skip Python's cleanup, which can abort it while a thread still sends tensors."""
-    atexit.register(os._exit, 0)
+def init_worker(_):
+    """Make a loader worker end quietly, with the main process at the latest."""
+    atexit.register(os._exit, 0)  # Python's cleanup can abort it while a thread still sends tensors
+    if not parent_process().is_alive():  # PyTorch watches the main process only from now on
+        os._exit(1)
 
 
 def read_batches(dataset, workers, device, **sampling):
     """Yield what worker processes read from `dataset`; `sampling` is a batch_sampler, or a sampler and
     batch_size. The workers live until the generator is closed. Exits with an error if one of them fails."""
-    kind = {"num_workers": workers, "pin_memory": device.type == "cuda", **sampling}
-    if workers:  # forking with running threads can hang
-        kind |= {"multiprocessing_context": "spawn", "worker_init_fn": exit_at_once}
+    spawn = "spawn" if workers else None  # forking with running threads can hang
+    kind = {"num_workers": workers, "multiprocessing_context": spawn, "worker_init_fn": init_worker}
     # Terminals and schedulers send these signals to all processes, but only the main process handles them.
     # Workers inherit the mask that blocks them, so the generator must be closed, which shuts them down.
-    resource_tracker.ensure_running()  # before the mask is set: starting it unblocks some signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    iterator = iter(DataLoader(dataset, **kind))
+    resource_tracker.ensure_running()  # inherits the mask as well, but unblocks two of the signals here
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    iterator = iter(DataLoader(dataset, **kind, pin_memory=device.type == "cuda", **sampling))
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise a worker's failure anywhere in main
     try:
         yield from iterator
     except (RuntimeError, ValueError, OSError, EOFError) as error:
-        if not re.search(r"in a row cannot be read|shared memory|\(pid|EOFError|Connection", repr(error)):
+        if not re.search(r"in a row cannot|shared memory|resize file|\(pid|EOFError|Connection", repr(error)):
             raise
         reason = (str(error).strip() or repr(error)).splitlines()[-1]  # what the worker said
-        remedy = "if memory or /dev/shm is full, use fewer --workers or, in Docker, --ipc=host"
-        fail(f"cannot read the images: {reason}; {remedy}")
+        remedy = "; if memory or /dev/shm is full, use fewer --workers or, in Docker, --ipc=host"
+        fail(f"cannot read the images: {reason}{'' if isinstance(error, ValueError) else remedy}")
     finally:
         if workers:
             iterator._shutdown_workers()
@@ -446,10 +449,7 @@ def solarize(x, chosen, _):
 
 # The operations after jitter and grayscale: name -> function of the views [V, 3, s, s] in 0..1, a mask of
 # the views that it must change [V, 1], and a random sigma for each view [V, 1].
-OPERATIONS = {
-    "blur": blur,
-    "solarize": solarize,
-}
+OPERATIONS = {"blur": blur, "solarize": solarize}
 COLORS = {  # their order and probabilities; the blur needs --blur, because the released code never blurs
     "reference": {"blur": 1.0},
     "query": {"blur": 0.1, "solarize": 0.2},
@@ -645,7 +645,7 @@ def init_distributed(name=None):
 def show(text, stream=None):
     """Print a line at once, with escapes for what the stream cannot encode. If its reader is gone (`| head`,
     a closed terminal), nothing more is printed, and the run goes on."""
-    stream = stream or sys.stdout
+    stream = stream or sys.stdout or open(os.devnull, "w")  # a closed stream is None
     coding = stream.encoding or "utf-8"
     try:
         print(text.encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)

@@ -1177,8 +1177,7 @@ def test_lines_are_printed_whatever_the_stream_is():
     with open(writer, "w") as left:
         train.show("one", left)
         train.show("two", left)
-    with mock.patch.object(sys, "stdout", None):  # closed
-        train.show("three")
+    mock.patch.object(sys, "stdout", None)(train.show)("a closed one")
 
 
 def test_damaged_lines_of_the_log_are_dropped(tmp_path, capsys):
@@ -1782,20 +1781,17 @@ folder images/{}.jpg masks/{}_mask.png
 folder JPEGImages/{}.jpg SegmentationClass/{}.png
 """  # the last one is CVAT's
 FAULTS = [  # files that are written or removed, what is said about them; names in classes.txt
-    ("masks/train/2.png", columns([9], 20, 28), "masks/train/2.png: 560 pixels .*, such as 9", b"a\nb\nc"),
-    ("masks/train/1.png", columns([0], 24, 32), "1.png: it is 32x24 .* but its image is 28x20", None),
-    ("masks/train/0.png", columns(["ff0000"], 20, 28), "0.png: no class indices in a PNG file of mode RGB; .*classes.txt", None),
+    ("masks/train/2.png", columns([9], 20, 28), "masks/train/2.png: 560 pixels .*, such as 9", b"a\nb\nc"), ("masks/train/1.png", columns([0], 24, 32), "1.png: it is 32x24 .* but its image is 28x20", None),
+    ("masks/train/0.png", columns(["ff0000"], 20, 28), "0.png: no class indices in a PNG file of mode RGB; .*classes.txt", None), ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
     ("masks/train/4.png", b"no picture", "4.png: cannot identify", None), ("images/train/4.png", b"no picture", "4.png: cannot identify image file .*images/train/4.png", None),
     ("masks/train/[0-4].png", None, r"lacks 5 files: \S+images/train/0.png has no mask; looked for masks/{split}/\S+; ((?!--pairs).)*$", None),
-    ("masks/train/*.jpg", columns([0], 20, 28), "5.jpg: no class indices in a JPEG file of mode L; .*classes.txt", None),
-    ("images/train/0.jpg", columns([0], 20, 28), "0.(jpg|png).*0.(jpg|png) have the same name", None),
+    ("masks/train/*.jpg", columns([0], 20, 28), "5.jpg: no class indices in a JPEG file of mode L; .*classes.txt", None), ("images/train/0.jpg", columns([0], 20, 28), "0.(jpg|png).*0.(jpg|png) have the same name", None),
     ("masks/train/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: train has fewer than two classes .*object 255", None),
     ("masks/val/*.png", columns([0, 255], 20, 28), "0, 1, 2, 255: val has fewer than two classes .255 means ignored", b"a\nb\nc"),
     ("masks/*/*.png", columns([0, 128], 20, 28), "0, 128: .* without gaps", None), ("masks/*/*.png", columns([0, 1, 1, 1] + [255] * 9, 20, 28), "0, 1, 255: .*255 .ignored. rare", None),
-    ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: .* up to 63", None),
+    ("masks/*/*.png", np.arange(560, dtype=np.uint8).reshape(20, 28) % 65, "18, 19, ...: .* up to 63", None), ("masks/*/*.png", None, "no images with masks; looked for .*; images/train/ holds 6 files such as 0.png; ", None),
     ("classes.txt", b"cat\nignore\n", "classes.txt: 1 classes; list 2 to 253", None), ("classes.txt", b"cat 300 0 0\ndog 0 0 0\n", "classes.txt: cannot read 'cat 300 0 0'", None),
-    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "no name or color twice", None), ("classes.txt", b"a 0\nb 2\nc", "cannot read 'c'; write NAME R G B or", None), ("classes.txt", b"B\xe4r\ndog\n", "classes.txt: .* UTF-8", None),
-    ("masks/*/*.png", None, "no images with masks; looked for .*; images/train/ holds 6 files such as 0.png; ", None),
+    ("classes.txt", b"cat 0 0 0\ndog 0 0 0\n", "no name or color twice", None), ("classes.txt", b"a 0\nb 2\nc", "cannot read 'c'; write NAME R G B or", None),
 ]
 COLORS = [  # data set, class list, colors and their labels
     ("folder", "rest 0\nobject 255", {"000000": 0, "282828": 0, "292929": 255, "d6d6d6": 255, "d7d7d7": 1}),

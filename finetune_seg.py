@@ -419,9 +419,9 @@ class Labeled:
 
     def check(self, i):
         """int [257] for check_masks: pixels by label, and the image's short side. Raises as `labels` does."""
-        with Image.open(self.name(i)) as image:  # the header only; a PNG's EXIF needs the whole file
-            width, height = image.size
-            if image.format != "PNG" and image.getexif().get(0x0112, 1) > 4:  # rotated by 90 degrees
+        with Image.open(self.name(i)) as image:  # the header only: EXIF at the end of a PNG is not read
+            (width, height), known = image.size, image.format != "PNG" or "exif" in image.info
+            if known and image.getexif().get(0x0112, 1) > 4:  # rotated by 90 degrees
                 width, height = height, width
         labels = self.labels(i, height, width)
         return np.array([*np.bincount(labels.ravel(), minlength=256), min(height, width)])
@@ -1271,4 +1271,5 @@ def parse_args(arguments=None):
 if __name__ == "__main__":
     settings = parse_args()
     run = predict if settings.predict else evaluate_only if settings.eval_only else main
-    run(settings)
+    with train.explain_out_of_memory("a smaller --window or --model"):
+        run(settings)

@@ -191,6 +191,7 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             token = self.cls_token + self.pos_embed[:, :1] if position else self.cls_token
             x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)  # B,1+K,D
+            attend = None if attend is None else F.pad(attend + 1, (1, 0))  # the class token's index is 0
 
         scale = self.draw_branch_scale(len(x), x.device)
         for i, block in enumerate(self.blocks):

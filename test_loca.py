@@ -285,6 +285,8 @@ def test_vit_equals_the_plain_one_on_rectangles(position):
     vit, everything = vit.eval(), torch.arange(40)
     torch.testing.assert_close(vit(images, keep=everything, attend=everything), vit(images))
     assert not torch.allclose(vit(images, attend=everything[1:]), vit(images))
+    own = loca.ViT(32, 8, 24, 2, 3, 48, class_token=True).eval()  # attended as well, and not counted
+    torch.testing.assert_close(own(images, attend=everything), own(images))
     vit.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with torch.autocast("cpu", torch.bfloat16):  # the convolution's layout and precision must not carry over
         vit(images, position=position)
@@ -552,9 +554,8 @@ WEIGHT_FILES = {  # of files that hold student s and teacher t
 }  # fmt: skip
 ONE_BRANCH = list(WEIGHT_FILES)[-5:]
 MISFITS = [  # width and depth of the ViT; what differs in the weights of one of width 24 and depth 2
-    (24, 3, {}, r"missing: blocks\.2"), (24, 1, {}, r"blocks\.1\."), (48, 2, {}, "shape: .*blocks"), (24, 2, {"reg_token": FEW}, "reg_token"),
-    (24, 2, {"blocks.0.ls1.gamma": FEW}, "blocks.0.ls1.gamma"), (24, 2, {"pos_embed": torch.ones(1, 15, 24)}, "15 .*not a square"),
-    (24, 2, {"norm.weight": torch.full((24,), math.nan)}, "not finite numbers: norm.weight"), (24, 2, {"norm.bias": torch.ones(24).long()}, "numbers: norm.bias"),
+    (24, 3, {}, r"missing: blocks\.2"), (24, 1, {}, r"blocks\.1\."), (48, 2, {}, "shape: .*blocks"), (24, 2, {"reg_token": FEW}, "reg_token"), (24, 2, {"blocks.0.ls1.gamma": FEW}, "blocks.0.ls1.gamma"),
+    (24, 2, {"pos_embed": torch.ones(1, 15, 24)}, "15 .*not a square"), (24, 2, {"norm.weight": torch.full((24,), math.nan)}, "not finite numbers: norm.w"), (24, 2, {"norm.bias": torch.ones(24).long()}, "numbers: norm.b"),
 ]  # fmt: skip
 UNREADABLE = [
     (nn.Linear(2, 2), "torch.nn.modules.linear.Linear object"), ([FEW], "it holds a list"), ({"epoch": 3, "net": {"stem": FEW}}, "it holds epoch, net"),
@@ -1130,12 +1131,11 @@ def test_presets_give_way_to_what_is_told(tmp_path):
 
 IMPOSSIBLE = [  # one or two of each kind
     (train, "--image-size 100", "the patch size 8 does not divide the image size 100x100"), (train, "--focal-size 20", "--focal-size 20: use multiples of the patch size, 8"),
-    (train, "--batch 5 --accumulate 2", "--batch 5: use multiples"), (train, "--heads 5", "--heads"),
-    (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--init no/file", "no/file"), (train, "--val .", "--val needs --data"), (train, "--position-weight 0 --feature-weight 0", "no loss to train"),
-    (finetune_seg, "--data nothing:.", "ade20k, voc2012"), (finetune_seg, "--data camvid:/nowhere", "cannot read /nowhere: No such file"), (finetune_seg, "--crop 100", "--crop 100: use multiples of the patch size, 8"),
-    (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"), (finetune_seg, "--stride 200", "--stride"), (finetune_seg, "--fraction 3/2", "--fraction"),
-    (finetune_seg, "--init no/file.pt", "No such file"), (finetune_seg, "--heads 5", "--heads"), (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"),
-    (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--checkpoint best.pt", "--init"), (finetune_seg, "--pairs a/*.png b/*.png", "--data must be NAME:DIR"),
+    (train, "--batch 5 --accumulate 2", "--batch 5: use multiples"), (train, "--heads 5", "--heads"), (train, "--prototypes 0", "--prototypes: must be positive"), (train, "--init no/file", "no/file"),
+    (train, "--val .", "--val needs --data"), (train, "--position-weight 0 --feature-weight 0", "no loss to train"), (finetune_seg, "--data nothing:.", "ade20k, voc2012"),
+    (finetune_seg, "--data camvid:/nowhere", "cannot read /nowhere: No such file"), (finetune_seg, "--crop 100", "--crop 100: use multiples of the patch size, 8"), (finetune_seg, "--crop 8 8 8", "--crop 8 8 8"),
+    (finetune_seg, "--stride 200", "--stride"), (finetune_seg, "--fraction 3/2", "--fraction"), (finetune_seg, "--init no/file.pt", "No such file"),
+    (finetune_seg, "--heads 5", "--heads"), (finetune_seg, "--predict .", "--checkpoint FILE"), (finetune_seg, "--split test", "--split test"), (finetune_seg, "--eval-only --out my/run", "my/run/best.pt: no such file"), (finetune_seg, "--checkpoint best.pt", "--init"), (finetune_seg, "--pairs a/*.png b/*.png", "--data must be NAME:DIR"),
 ]  # fmt: skip
 
 
@@ -1215,9 +1215,9 @@ def test_every_option_runs(photos, tmp_path):
     names = " ".join(path.name for path in tmp_path.iterdir())
     assert "epoch_0002.pt" in names and "epoch_0001.pt" not in names
     assert [*records(tmp_path)] == [2, 4, 6] and [*records(tmp_path, "val_position_loss")] == [6]
-    for option in ("--focal 0", "--feature-weight 0", "--single-image"):
+    for option in ("--focal 0 --blur", "--feature-weight 0", "--single-image"):
         run(train, f"{TINY_TRAIN} {option} --out {tmp_path}/{option[2:4]}")
-        assert ("teacher" in saved(tmp_path / option[2:4])) == (option == "--focal 0")
+        assert ("teacher" in saved(tmp_path / option[2:4])) == (option == "--focal 0 --blur")
 
 
 def test_compiled_processes_equal_eager_ones(tmp_path):

@@ -492,7 +492,7 @@ def to_views(batch, args, random_colors=True):
     for kind, chances in COLORS.items():
         x = batch[kind]  # B,3,s,s; the focal queries: B,F,3,s,s
         chances = {k: p for k, p in chances.items() if args.blur or k != "blur"}
-        colored = augment(x.flatten(0, -4), **chances) if random_colors else normalize(x)
+        colored = augment(x.flatten(0, -4), **chances) if random_colors and x.numel() else normalize(x)
         views[kind] = colored.view(x.shape)
     # The crop boxes determine where each query patch lies in the reference: the targets of the position loss.
     boxes, flips = batch["boxes"], batch["flips"]  # reference, query, then the focal queries
@@ -560,7 +560,7 @@ def init_from(path, networks):
     what was loaded. The whole encoder must fit; heads are loaded if they are complete and fit."""
     for name, module in networks.items():
         branch = "student" if name == "model" else "teacher"
-        weights = init_encoder(module.get_submodule("encoder"), path, branch)
+        weights = init_encoder(module.encoder, path, branch)
         for part, head in module.named_children():
             if part != "encoder":
                 say(f"--init {path}: {branch}'s {part} {init_head(head, weights, f'{part}.')}")
@@ -922,7 +922,7 @@ def main(args, images=None):
         model = build_model(args).to(device)
         teacher = loca.make_teacher(model) if model.needs_teacher else None
     networks = nn.ModuleDict({"model": model} if teacher is None else {"model": model, "teacher": teacher})
-    if args.init:
+    if args.init and not os.path.exists(out / "last.pt"):
         init_from(args.init, networks)
     optimizer = OPTIMIZERS[args.optimizer](weight_decay_groups(model, args.weight_decay), lr=peak_lr)
 

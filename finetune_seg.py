@@ -1271,5 +1271,5 @@ def parse_args(arguments=None):
 if __name__ == "__main__":
     settings = parse_args()
     run = predict if settings.predict else evaluate_only if settings.eval_only else main
-    with train.explain_out_of_memory("a smaller --window or --model"):
+    with train.explain_out_of_memory("a smaller --window, or to train, a smaller --model"):
         run(settings)

@@ -173,7 +173,8 @@ class ViT(nn.Module):
         """Encode images [B, 3, H, W] -> patch tokens [B, N, D], or [B, K, D] with `keep`, after the norm.
 
         keep: indices [K] or [B, K] of the tokens that enter the blocks. position: add the position embedding.
-        attend: indices [K'] or [B, K'] of the tokens that all tokens attend to (the single-image mechanism).
+        attend: indices [K'] or [B, K'] of the tokens that all tokens attend to (the single-image mechanism),
+            besides the class token, if there is one.
         """
         size = tuple(images.shape[-2:])
         if any(side % self.patch_size for side in size):
@@ -788,7 +789,7 @@ def _check_fit(own, state, problem, renames=(), prefix=""):
         "missing": own.keys() - given.keys(),
         "with a different shape": [key for key, x in given.items() if x.shape != own[key].shape],
         "not finite numbers": [
-            k for k, x in given.items() if not (x.is_floating_point() and x.isfinite().all())
+            key for key, x in given.items() if not (x.is_floating_point() and x.isfinite().all())
         ],
         "unknown": [key for key in state if key not in own and re.match(part_of_vit, key)],
     }
